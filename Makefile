@@ -1,0 +1,76 @@
+# walhook. `make` alone lists what there is to make.
+
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+ARGS      ?=
+PKG       ?= ./...
+TESTFLAGS ?=
+FUZZTIME  ?= 30s
+PG_BINS   ?= $(wildcard /usr/lib/postgresql/*/bin)
+
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOLS   := bin/tools
+# The version comes from git above. Go's own stamp fails in a clone that another user owns.
+export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo build test test-matrix fuzz lint lint-full fmt ci deps clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build ## the whole thing on a throwaway Postgres; ARGS="--events 1000 --exit" ends by itself
+	@.ci/deps postgres || true
+	@bin/walhook demo $(ARGS)
+
+build: ## bin/walhook, static
+	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/walhook ./cmd/walhook
+
+test: ## all tests with the race detector, on the Postgres of this machine (PKG=, TESTFLAGS=)
+	@.ci/deps cc postgres
+	CGO_ENABLED=1 go test -race -timeout 12m $(TESTFLAGS) $(PKG)
+
+test-matrix: ## all tests on each Postgres in PG_BINS (default: all that Debian has here)
+	@.ci/deps cc
+	@test -n "$(PG_BINS)" || { echo 'No Postgres in PG_BINS="DIR DIR …", each with initdb and postgres.'; exit 1; }
+	@for bin in $(PG_BINS); do \
+		"$$bin/postgres" --version || exit 1; \
+		WALHOOK_TEST_PG_BIN=$$bin CGO_ENABLED=1 go test -race -count 1 -timeout 12m $(TESTFLAGS) $(PKG) || exit 1; \
+	done
+
+fuzz: ## every fuzz target for FUZZTIME
+	@grep -rl --include='*_test.go' '^func Fuzz' . | while read -r file; do \
+		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$$file"); do \
+			echo "$$(dirname $$file) $$target"; \
+			go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$(dirname $$file)" || exit 1; \
+		done; \
+	done
+
+lint: $(TOOLS)/staticcheck $(TOOLS)/gofumpt ## vet, staticcheck and formatting
+	go vet ./...
+	$(TOOLS)/staticcheck ./...
+	@unformatted=$$($(TOOLS)/gofumpt -l cmd cdc outbox sender); \
+		test -z "$$unformatted" || { echo "not formatted (make fmt): $$unformatted"; exit 1; }
+
+lint-full: $(TOOLS)/golangci-lint ## golangci-lint by .golangci.yml (its first build takes minutes)
+	$(TOOLS)/golangci-lint run
+
+fmt: $(TOOLS)/gofumpt ## format the code
+	$(TOOLS)/gofumpt -w cmd cdc outbox sender
+
+ci: ## what CI does, from installing to testing
+	@.ci/run
+
+deps: ## install what tests need and this machine lacks
+	@.ci/deps make cc postgres
+
+clean: ## remove what was built
+	rm -rf bin
+
+$(TOOLS)/staticcheck $(TOOLS)/gofumpt: .ci/tools/go.mod .ci/tools/go.sum
+	GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/tools install $(if $(filter %/gofumpt,$@),mvdan.cc/gofumpt,honnef.co/go/tools/cmd/staticcheck)
+	@touch $@
+
+# Not among the tools of .ci/tools: its hundreds of dependencies would set theirs.
+$(TOOLS)/golangci-lint: Makefile
+	GOBIN=$(CURDIR)/$(TOOLS) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+	@touch $@

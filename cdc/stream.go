@@ -1,0 +1,946 @@
+package cdc
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+	"go.uber.org/zap"
+)
+
+// Config is what a Stream needs to know.
+type Config struct {
+	URL         func() (string, error) // asked at every connect, so that a rotated password is taken up
+	Slot        string
+	Publication string
+	Tables      []Table
+	Messages    bool // ask for logical messages too
+	Create      bool // create publication and slot where they are missing
+	Failover    bool // make the slot a failover slot where the server knows them (17 and later)
+	MaxStall    time.Duration
+	Logger      *zap.Logger
+}
+
+// Session is what a Sink learns when the slot is ours.
+type Session struct {
+	SystemID string
+	Timeline int32
+	Database string
+	Version  int
+	Slot     Slot // as it was just before
+}
+
+// Resume is where a session takes up the stream: rows of transactions whose commit record
+// lies below LSN, and rows up to Position, are settled and are not handed on again.
+type Resume struct {
+	LSN      LSN
+	Position Position
+}
+
+// Sink receives what a Stream reads. Its methods are called from the one goroutine of
+// Stream.Run, and none of them may wait for a receiver of webhooks.
+type Sink interface {
+	// Resolve sees the tables as the catalogue has them, before the slot is taken. An error ends
+	// the attempt: a *Fault is reported as it is.
+	Resolve(tables []Found) error
+	// Checkpoint reads how far the slot was settled, without claiming it. first is true where no
+	// checkpoint exists, so that a missing slot may be created.
+	Checkpoint(ctx context.Context) (at LSN, first bool, err error)
+	// Claim makes us the holder. It is called once a session, when the server has given us the
+	// slot and before the first row.
+	Claim(ctx context.Context, s Session) (Resume, error)
+	// Room is nil while there is room for a row, else a channel that is closed when there is.
+	Room() <-chan struct{}
+	// Row takes a row. An error ends the session; the row comes again in the next one.
+	Row(r *Row) error
+	// Commit closes the transaction of the rows before it, if there were any. end is where its
+	// commit record ends.
+	Commit(end LSN)
+	// Idle says that everything that committed below at was handed on. No transaction is open.
+	Idle(at LSN)
+	// Touch says that the server was heard of just now.
+	Touch()
+}
+
+const (
+	maxStatusInterval = 10 * time.Second
+	maxSilence        = 30 * time.Second
+	minBackoff        = 100 * time.Millisecond
+	maxBackoff        = 10 * time.Second
+	standbyPoll       = time.Second
+	surveyInterval    = 30 * time.Second
+	claimTimeout      = 10 * time.Second
+	// A server in fast shutdown asks for a reply in a tight loop until everything is confirmed;
+	// an ordinary one asks once per wal_sender_timeout.
+	shutdownAsks   = 20
+	shutdownWindow = time.Second
+)
+
+// Stream reads a slot. Make it with New, run it once.
+type Stream struct {
+	cfg  Config
+	sink Sink
+	log  *zap.Logger
+
+	intake atomic.Bool // rows are handed on; false while draining
+
+	mu       sync.Mutex // guards what follows
+	status   Status
+	conn     *pgconn.PgConn // of the running session
+	want     LSN            // what may be confirmed once the stream has passed proof
+	proof    LSN
+	told     LSN // the last position that a status gave as confirmed
+	received LSN // highest position received on the running connection
+	survey   *Survey
+
+	wake atomic.Bool // a status is wanted before the next timer
+
+	// What follows belongs to the goroutine of Run.
+	systemID  string
+	timeline  int32
+	high      Position // the last row handed on
+	end       LSN      // end of the last transaction handed on whole
+	open      bool     // rows of high's transaction were handed on and its commit was not
+	discarded bool     // something was read and not handed on, so the position must not move
+	patience  time.Duration
+	streamed  bool // a session has been through at least once
+}
+
+// Status is where a Stream stands, for people and for /readyz.
+type Status struct {
+	State  State
+	Fault  *Fault // nil while all is well
+	Since  time.Time
+	Heard  time.Time // when the server was last heard of
+	Survey *Survey   // the latest look at the catalogue; nil before the first
+}
+
+// New makes a Stream that has not started.
+func New(cfg Config, sink Sink) *Stream {
+	s := &Stream{cfg: cfg, sink: sink, log: cfg.Logger.Named("cdc"), patience: maxSilence}
+	s.status = Status{State: Connecting, Since: time.Now()}
+	s.intake.Store(true)
+	return s
+}
+
+// Run streams until ctx ends, then returns nil. It returns an error only where waiting cannot
+// help: ErrNewHistory, a Config fault before the first session, or what Claim and Row return
+// wrapped in Halt.
+func (s *Stream) Run(ctx context.Context) error {
+	backoff := minBackoff
+	for {
+		began := time.Now()
+		err := s.session(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		var halt *haltError
+		if errors.As(err, &halt) {
+			return halt.err
+		}
+		if errors.Is(err, ErrNewHistory) {
+			return err
+		}
+		f := FaultOf(err)
+		if f.Config && !s.streamed {
+			return f
+		}
+		s.setStatus(f.State, f)
+		if time.Since(began) > 2*maxBackoff {
+			backoff = minBackoff
+		}
+		wait := backoff
+		switch {
+		case f.State == Standby:
+			wait = standbyPoll
+		case errors.Is(err, errShutdown):
+			wait = max(wait, 2*time.Second) // to come back at once would hold up the shutdown again
+		case errors.Is(err, errStalled):
+			if room := s.sink.Room(); room != nil {
+				select {
+				case <-ctx.Done():
+					return nil
+				case <-room:
+				}
+			}
+		}
+		if f.State != Standby {
+			backoff = min(2*backoff, maxBackoff)
+		}
+		if !sleep(ctx, jitter(wait)) {
+			return nil
+		}
+	}
+}
+
+// Halt wraps an error of a Sink that ends Run.
+func Halt(err error) error { return &haltError{err} }
+
+type haltError struct{ err error }
+
+func (h *haltError) Error() string { return h.err.Error() }
+func (h *haltError) Unwrap() error { return h.err }
+
+// Drain stops handing rows on. The connection stays, so that what was handed on can still be
+// confirmed.
+func (s *Stream) Drain() { s.intake.Store(false) }
+
+// Confirm lets the server forget the WAL below at, as soon as the stream itself has passed
+// proof: a position behind the commit that recorded at. Until then a failover could bring up a
+// standby that has the slot's position but not the record. It is monotonic and may be called
+// from any goroutine.
+func (s *Stream) Confirm(at, proof LSN) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if at <= s.want {
+		return
+	}
+	s.want, s.proof = at, proof
+	s.wakeLocked()
+}
+
+// Confirmed waits until the server itself shows that the slot is at or behind the last position
+// confirmed, or until ctx ends. A status that was sent is not always a status that was read.
+func (s *Stream) Confirmed(ctx context.Context) error {
+	s.mu.Lock()
+	want := s.want
+	s.mu.Unlock()
+	if want == 0 {
+		return nil
+	}
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return fmt.Errorf("ask for the slot's position: %w", redact(err))
+	}
+	defer closeSQL(conn)
+	for {
+		slot, err := readSlot(ctx, conn, s.cfg.Slot)
+		if err != nil {
+			return err
+		}
+		if slot == nil || slot.Confirmed >= want {
+			return nil
+		}
+		s.poke()
+		if !sleep(ctx, 10*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+}
+
+// Lag asks the server how many bytes of WAL it has that we have not received.
+func (s *Stream) Lag(ctx context.Context) (int64, error) {
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return 0, redact(err)
+	}
+	defer closeSQL(conn)
+	s.mu.Lock()
+	received := s.received
+	s.mu.Unlock()
+	var lag int64
+	if err := conn.QueryRow(ctx, "select pg_wal_lsn_diff(pg_current_wal_lsn(), $1::text::pg_lsn)::bigint", received.String()).Scan(&lag); err != nil {
+		return 0, fmt.Errorf("ask for the end of the WAL: %w", err)
+	}
+	return lag, nil
+}
+
+// Received is the highest position received on the running connection, or on the last one.
+func (s *Stream) Received() LSN {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.received
+}
+
+// Status tells where the stream stands.
+func (s *Stream) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.status
+	st.Survey = s.survey
+	return st
+}
+
+// poke makes the reader look up from the socket.
+func (s *Stream) poke() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wakeLocked()
+}
+
+func (s *Stream) wakeLocked() {
+	s.wake.Store(true)
+	if s.conn != nil {
+		_ = s.conn.Conn().SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+func (s *Stream) setStatus(state State, f *Fault) {
+	s.mu.Lock()
+	old := s.status
+	same := old.State == state && (old.Fault == nil) == (f == nil) && (f == nil || old.Fault.Reason == f.Reason)
+	if !same {
+		s.status.State, s.status.Since = state, time.Now()
+	}
+	s.status.Fault = f
+	s.mu.Unlock()
+	if same {
+		return
+	}
+	switch {
+	case state == Streaming:
+		s.log.Info("streaming", zap.String("slot", s.cfg.Slot))
+	case f == nil:
+		s.log.Info(string(state))
+	case state == Standby:
+		s.log.Info("standing by: another process holds the slot", zap.String("slot", s.cfg.Slot))
+	case state == Connecting:
+		s.log.Warn("reconnecting: "+f.Reason, zap.Error(f.Err))
+	default:
+		s.log.Error(string(state)+": "+f.Reason, zap.Error(f.Err), zap.String("remedy", f.Remedy))
+	}
+}
+
+// session is one connection from its first byte to its last.
+func (s *Stream) session(ctx context.Context) (err error) {
+	slot, sv, err := s.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	notices := make(chan *pgconn.Notice, 1)
+	conn, err := s.cfg.connectReplication(ctx, func(n *pgconn.Notice) {
+		s.log.Info("Postgres says", zap.String("severity", n.Severity), zap.String("message", n.Message), zap.String("code", n.Code))
+		if fatalNotice(n) {
+			select {
+			case notices <- n:
+			default:
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	// The socket is closed, not the protocol: a goodbye waits for a walsender that may be
+	// waiting for us.
+	defer func() {
+		s.mu.Lock()
+		s.conn = nil
+		s.mu.Unlock()
+		_ = conn.Conn().Close()
+	}()
+
+	id, err := pglogrepl.IdentifySystem(ctx, conn)
+	if err != nil {
+		return fmt.Errorf("identify system: %w", err)
+	}
+	if s.systemID != "" && (s.systemID != id.SystemID || s.timeline != id.Timeline) {
+		return ErrNewHistory
+	}
+	at, first, err := s.sink.Checkpoint(ctx)
+	if err != nil {
+		return err
+	}
+	if slot == nil {
+		if !first {
+			return &Fault{
+				State:  Lost,
+				Reason: "slot " + s.cfg.Slot + " is gone, although a checkpoint at " + at.String() + " tells of it: events since may be in the outbox table only",
+				Remedy: remedyLost(s.cfg.Slot),
+			}
+		}
+		if slot, err = s.createSlot(ctx, conn, sv); err != nil {
+			return err
+		}
+	}
+	if err := judgeCheckpoint(at, first, slot, sv); err != nil {
+		return err
+	}
+	start := max(at, slot.Confirmed, s.end)
+	if err := s.start(ctx, conn, start); err != nil {
+		return fmt.Errorf("start replication: %w", err)
+	}
+	claimCtx, cancel := context.WithTimeout(ctx, claimTimeout)
+	resume, err := s.sink.Claim(claimCtx, Session{
+		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot,
+	})
+	cancel()
+	if err != nil {
+		return err
+	}
+	s.systemID, s.timeline = id.SystemID, id.Timeline
+	s.mu.Lock()
+	s.conn = conn
+	s.received = start
+	s.told = max(slot.Confirmed, s.told)
+	s.mu.Unlock()
+	s.streamed = true
+	s.setStatus(Streaming, nil)
+
+	watchCtx, stopWatch := context.WithCancel(ctx)
+	watched := make(chan error, 1)
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		if err := s.watch(watchCtx, sv); err != nil {
+			watched <- err
+			s.poke()
+		}
+	})
+	defer watching.Wait()
+	defer stopWatch()
+	r := &reader{s: s, conn: conn, interval: statusInterval(sv.SenderTimeout), resume: resume, notices: notices, watched: watched}
+	return r.run(ctx)
+}
+
+// prepare looks at the catalogue, mends what may be mended, and says what stands in the way.
+func (s *Stream) prepare(ctx context.Context) (*Slot, *Survey, error) {
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer closeSQL(conn)
+	sv, err := survey(ctx, conn, &s.cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	s.mu.Lock()
+	s.survey = sv
+	s.mu.Unlock()
+	if f := firstFault(sv.Findings(&s.cfg)); f != nil {
+		return nil, nil, f
+	}
+	if err := s.sink.Resolve(sv.Tables); err != nil {
+		return nil, nil, err
+	}
+	if err := s.publish(ctx, conn, sv); err != nil {
+		return nil, nil, err
+	}
+	for i := range sv.Tables {
+		sv.Tables[i].Published = true
+	}
+	return sv.Slot, sv, nil
+}
+
+// publish creates the publication, or adds the tables that it lacks. The tables are locked
+// first: old minor versions lose the rows of a transaction that is open meanwhile.
+func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error {
+	var missing []string
+	for _, t := range sv.Tables {
+		if !t.Published {
+			missing = append(missing, t.String())
+		}
+	}
+	if sv.Publication != nil && len(missing) == 0 {
+		return nil
+	}
+	if sv.Publication != nil && s.streamed && sv.Slot != nil {
+		return &Fault{
+			State:  Waiting,
+			Reason: "publication " + s.cfg.Publication + " no longer has " + strings.Join(missing, ", ") + " (was the table dropped and created again?): rows inserted since are in the table only",
+			Remedy: "alter publication " + quoteName(s.cfg.Publication) + " add table " + strings.Join(missing, ", "),
+		}
+	}
+	if sv.Publication == nil && sv.Slot != nil && s.streamed {
+		return &Fault{
+			State:  Lost,
+			Reason: "publication " + s.cfg.Publication + " is gone: the WAL since cannot be read through it",
+			Remedy: remedyLost(s.cfg.Slot),
+		}
+	}
+	sql := "create publication " + quoteName(s.cfg.Publication)
+	if len(missing) > 0 {
+		sql += " for table " + strings.Join(missing, ", ")
+	}
+	sql += " with (publish = 'insert', publish_via_partition_root = true)"
+	if sv.Publication != nil {
+		sql = "alter publication " + quoteName(s.cfg.Publication) + " add table " + strings.Join(missing, ", ")
+	}
+	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if len(missing) > 0 {
+			if _, err := tx.Exec(ctx, "lock table "+strings.Join(missing, ", ")+" in share row exclusive mode"); err != nil {
+				return err
+			}
+		}
+		_, err := tx.Exec(ctx, sql)
+		return err
+	})
+	var pg *pgconn.PgError
+	switch {
+	case err == nil:
+		s.log.Info("published", zap.String("publication", s.cfg.Publication), zap.Strings("tables", missing))
+		return nil
+	case errors.As(err, &pg) && pg.Code == "42501":
+		return &Fault{State: Waiting, Reason: "role " + sv.Role + " may not publish " + strings.Join(missing, ", "), Err: err, Remedy: "run the SQL that `walhook init` prints, or as the owner: " + sql}
+	case errors.As(err, &pg) && pg.Code == "55P03":
+		return &Fault{State: Connecting, Reason: "a long transaction writes to " + strings.Join(missing, ", ") + ", so it cannot be added to the publication yet", Err: err}
+	case errors.As(err, &pg) && pg.Code == "42710": // another instance was faster
+		return nil
+	}
+	return fmt.Errorf("publish: %w", err)
+}
+
+// judgeCheckpoint refuses a slot that does not belong to the checkpoint.
+func judgeCheckpoint(at LSN, first bool, slot *Slot, sv *Survey) error {
+	switch {
+	case first:
+		return nil
+	case at > sv.FlushLSN:
+		return &Fault{
+			State:  Lost,
+			Reason: fmt.Sprintf("the checkpoint is at %s, but the WAL of this server ends at %s: it is another history (a restored or promoted database)", at, sv.FlushLSN),
+			Remedy: remedyLost(slot.Name),
+		}
+	case slot.Confirmed > at:
+		return &Fault{
+			State:  Lost,
+			Reason: fmt.Sprintf("slot %s stands at %s, but we have settled only up to %s: somebody else read or advanced it, and events in between may be in the outbox table only", slot.Name, slot.Confirmed, at),
+			Remedy: fmt.Sprintf("to go on without them: update walhook.checkpoints set lsn = '%s', commit_lsn = null, ordinal = null where slot = '%s'", slot.Confirmed, slot.Name),
+		}
+	}
+	return nil
+}
+
+func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey) (*Slot, error) {
+	action := "NOEXPORT_SNAPSHOT"
+	if sv.Version >= 170000 && s.cfg.Failover {
+		action = "(SNAPSHOT 'nothing', FAILOVER true)"
+	}
+	// Postgres waits here for every transaction that writes; say for whom, rather than time out.
+	done := make(chan struct{})
+	var telling sync.WaitGroup
+	telling.Go(func() { s.tellWait(ctx, conn.PID(), done) })
+	res, err := pglogrepl.CreateReplicationSlot(ctx, conn, s.cfg.Slot, "pgoutput", pglogrepl.CreateReplicationSlotOptions{
+		Mode: pglogrepl.LogicalReplication, SnapshotAction: action,
+	})
+	close(done)
+	telling.Wait()
+	if err != nil {
+		return nil, fmt.Errorf("create slot: %w", err)
+	}
+	at, err := ParseLSN(res.ConsistentPoint)
+	if err != nil {
+		return nil, fmt.Errorf("create slot: %w", err)
+	}
+	s.log.Info("created slot", zap.String("slot", s.cfg.Slot), zap.Stringer("lsn", at))
+	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Confirmed: at, Restart: at}, nil
+}
+
+func (s *Stream) tellWait(ctx context.Context, pid uint32, done <-chan struct{}) {
+	tick := time.NewTicker(3 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		conn, err := s.cfg.connectSQL(ctx)
+		if err != nil {
+			continue
+		}
+		var pids []int32
+		if err := conn.QueryRow(ctx, "select pg_blocking_pids($1)", pid).Scan(&pids); err == nil {
+			f := &Fault{State: Waiting, Reason: "the new slot waits for open write transactions to end"}
+			s.setStatus(Waiting, f)
+			s.log.Warn("waiting for transactions to end before the slot can start", zap.Int32s("pids", pids))
+		}
+		closeSQL(conn)
+	}
+}
+
+func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN) error {
+	// Identifier first, then literal: the option is a list of identifiers inside a string.
+	name := strings.ReplaceAll(quoteName(s.cfg.Publication), "'", "''")
+	args := []string{"proto_version '1'", "publication_names '" + name + "'"}
+	if s.cfg.Messages {
+		args = append(args, "messages 'true'")
+	}
+	return pglogrepl.StartReplication(ctx, conn, s.cfg.Slot, pglogrepl.LSN(at), pglogrepl.StartReplicationOptions{
+		Mode: pglogrepl.LogicalReplication, PluginArgs: args,
+	})
+}
+
+// statusInterval is how often a status is due: often enough for the server's patience, of
+// which some operators leave 5 s and some (zero) any amount.
+func statusInterval(senderTimeout time.Duration) time.Duration {
+	if senderTimeout == 0 {
+		return maxStatusInterval
+	}
+	return min(maxStatusInterval, senderTimeout/3)
+}
+
+// watch looks at the catalogue now and then for what the stream itself cannot show: a table
+// dropped and created again, a publication altered, a slot about to be lost.
+func (s *Stream) watch(ctx context.Context, began *Survey) error {
+	oids := map[Table]uint32{}
+	for _, t := range began.Tables {
+		oids[t.Table] = t.OID
+	}
+	tick := time.NewTicker(surveyInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		sv, err := Inspect(ctx, &s.cfg)
+		if err != nil {
+			continue // the stream itself will notice
+		}
+		s.mu.Lock()
+		s.survey = sv
+		s.mu.Unlock()
+		if f := firstFault(sv.Findings(&s.cfg)); f != nil {
+			return f
+		}
+		for _, t := range sv.Tables {
+			if !t.Published || oids[t.Table] != t.OID {
+				return &Fault{State: Waiting, Reason: "table " + t.String() + " was dropped and created again, or left the publication: rows inserted since may be in the table only"}
+			}
+		}
+	}
+}
+
+// fatalNotice tells a notice that means events are being skipped. Postgres 18 goes on without
+// a publication that is gone and says so in a warning only.
+func fatalNotice(n *pgconn.Notice) bool {
+	return strings.Contains(n.Message, "skipped loading publication")
+}
+
+// reader reads one connection.
+type reader struct {
+	s        *Stream
+	conn     *pgconn.PgConn
+	dec      decoder
+	interval time.Duration
+	resume   Resume
+	notices  <-chan *pgconn.Notice
+	watched  <-chan error
+
+	inTx     bool // between Begin and Commit
+	commit   LSN  // of the open transaction
+	time     time.Time
+	ordinal  uint64
+	handed   bool // a row of the open transaction was handed on
+	sent     time.Time
+	heard    time.Time
+	asked    int // replies asked for in the window, with no data between
+	askedAt  time.Time
+	row      Row
+	touchAt  time.Time
+	deadline time.Time
+}
+
+func (r *reader) run(ctx context.Context) error {
+	defer context.AfterFunc(ctx, r.s.poke)()
+	r.heard = time.Now()
+	if err := r.sendStatus(false); err != nil {
+		return err
+	}
+	r.arm()
+	for {
+		msg, err := r.conn.ReceiveMessage(context.Background())
+		if err != nil {
+			var netErr net.Error
+			if !errors.As(err, &netErr) || !netErr.Timeout() {
+				if n := r.fatal(); n != nil {
+					return n
+				}
+				return err
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err := r.timer(); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := r.message(ctx, msg); err != nil {
+			return err
+		}
+		if now := time.Now(); now.After(r.deadline) {
+			if err := r.timer(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// arm sets the read deadline to the next moment at which something is to be done although
+// nothing arrives.
+func (r *reader) arm() {
+	r.deadline = time.Now().Add(r.interval)
+	_ = r.conn.Conn().SetReadDeadline(r.deadline)
+	if r.s.wake.Load() { // a wake between the last timer and this deadline
+		r.deadline = time.Unix(1, 0)
+		_ = r.conn.Conn().SetReadDeadline(r.deadline)
+	}
+}
+
+func (r *reader) fatal() error {
+	select {
+	case err := <-r.watched:
+		return err
+	case n := <-r.notices:
+		return &Fault{
+			State:  Lost,
+			Reason: "publication " + r.s.cfg.Publication + " is gone, and Postgres skips its events (" + n.Message + ")",
+			Remedy: remedyLost(r.s.cfg.Slot),
+		}
+	default:
+		return nil
+	}
+}
+
+func (r *reader) timer() error {
+	if err := r.fatal(); err != nil {
+		return err
+	}
+	now := time.Now()
+	quiet := now.Sub(r.heard)
+	if quiet > r.s.patience {
+		r.s.patience = min(2*r.s.patience, 10*time.Minute) // a server busy with a huge transaction is silent too
+		return errSilent
+	}
+	woken := r.s.wake.Swap(false)
+	moved := r.advance()
+	if due := now.Sub(r.sent) >= r.interval; moved || due || (woken && now.Sub(r.sent) >= 100*time.Millisecond) {
+		if err := r.sendStatus(quiet >= r.interval); err != nil {
+			return err
+		}
+	}
+	r.arm()
+	return nil
+}
+
+// advance takes up what Confirm wants as far as the stream has passed its proof.
+func (r *reader) advance() bool {
+	s := r.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.want <= s.told || s.proof > s.received {
+		return false
+	}
+	s.told = s.want
+	return true
+}
+
+// sendStatus reports write as what was received and flush as what is confirmed. write = flush
+// would make the server ask again at once; a zero flush would become write.
+func (r *reader) sendStatus(ask bool) error {
+	s := r.s
+	s.mu.Lock()
+	confirmed, received := s.told, s.received
+	s.mu.Unlock()
+	if confirmed == 0 {
+		panic("cdc: a status without a confirmed position")
+	}
+	received = max(received, confirmed)
+	err := pglogrepl.SendStandbyStatusUpdate(context.Background(), r.conn, pglogrepl.StandbyStatusUpdate{
+		WALWritePosition: pglogrepl.LSN(received),
+		WALFlushPosition: pglogrepl.LSN(confirmed),
+		WALApplyPosition: pglogrepl.LSN(confirmed),
+		ReplyRequested:   ask,
+	})
+	if err != nil {
+		return fmt.Errorf("send status: %w", err)
+	}
+	r.sent = time.Now()
+	return nil
+}
+
+func (r *reader) message(ctx context.Context, msg pgproto3.BackendMessage) error {
+	switch m := msg.(type) {
+	case *pgproto3.CopyData:
+		r.heard = time.Now()
+		if r.heard.Sub(r.touchAt) > 100*time.Millisecond {
+			r.touchAt = r.heard
+			r.s.sink.Touch()
+			r.s.touch(r.heard)
+		}
+		if len(m.Data) == 0 {
+			return errors.New("an empty replication message")
+		}
+		switch m.Data[0] {
+		case 'w':
+			if len(m.Data) < 25 {
+				return errTruncated
+			}
+			r.asked = 0
+			return r.data(ctx, m.Data[25:])
+		case 'k':
+			return r.keepalive(m.Data[1:])
+		default:
+			return fmt.Errorf("unknown replication message %q", m.Data[0])
+		}
+	case *pgproto3.ErrorResponse:
+		return pgconn.ErrorResponseToPgError(m)
+	case *pgproto3.NoticeResponse, *pgproto3.ParameterStatus:
+		return r.fatal()
+	case *pgproto3.CopyDone, *pgproto3.CommandComplete:
+		return errShutdown
+	default:
+		return fmt.Errorf("unexpected message %T in the stream", msg)
+	}
+}
+
+// keepalive layout: Int64 end of WAL, Int64 clock, Byte1 reply requested.
+func (r *reader) keepalive(b []byte) error {
+	if len(b) < 17 {
+		return errTruncated
+	}
+	at := LSN(binary.BigEndian.Uint64(b))
+	r.receive(at)
+	// Inside a transaction the position says nothing of what we were given, and neither does it
+	// before the transaction that a lost connection cut in two has come again.
+	if !r.inTx && !r.s.open && !r.s.discarded {
+		r.s.sink.Idle(at)
+	}
+	moved := r.advance()
+	if b[16] == 1 {
+		now := time.Now()
+		if r.asked == 0 || now.Sub(r.askedAt) > shutdownWindow {
+			r.asked, r.askedAt = 0, now
+		}
+		if r.asked++; r.asked > shutdownAsks {
+			return errShutdown
+		}
+		return r.sendStatus(false)
+	}
+	if moved {
+		return r.sendStatus(false)
+	}
+	return nil
+}
+
+func (r *reader) receive(at LSN) {
+	s := r.s
+	s.mu.Lock()
+	s.received = max(s.received, at)
+	s.mu.Unlock()
+}
+
+func (s *Stream) touch(at time.Time) {
+	s.mu.Lock()
+	s.status.Heard = at
+	s.mu.Unlock()
+}
+
+func (r *reader) data(ctx context.Context, b []byte) error {
+	m, err := r.dec.decode(b)
+	if err != nil {
+		return fmt.Errorf("decode: %w", err)
+	}
+	s := r.s
+	switch m.kind {
+	case kindBegin:
+		r.inTx, r.commit, r.time, r.ordinal, r.handed = true, m.lsn, m.time, 0, false
+	case kindInsert:
+		r.row = Row{Relation: m.relation, Values: m.values}
+		return r.hand(ctx)
+	case kindMessage:
+		if m.transactional {
+			r.row = Row{Prefix: m.prefix, Content: m.content}
+			return r.hand(ctx)
+		}
+	case kindCommit:
+		r.inTx = false
+		r.receive(m.endLSN)
+		s.patience = maxSilence
+		if r.commit < s.end || r.commit < r.resume.LSN || s.discarded {
+			break // it was handed on whole before, or settled
+		}
+		if !s.intake.Load() && !s.open {
+			s.discarded = true // its rows, if any, were dropped
+			break
+		}
+		s.open = false
+		s.end = m.endLSN
+		s.sink.Commit(m.endLSN)
+	}
+	return nil
+}
+
+// hand gives the row to the sink in its turn, unless it is known there already.
+func (r *reader) hand(ctx context.Context) error {
+	s := r.s
+	r.ordinal++
+	r.row.Position = Position{Commit: r.commit, Ordinal: r.ordinal}
+	r.row.CommitTime = r.time
+	at := r.row.Position
+	if at.Commit < r.resume.LSN || at.Compare(r.resume.Position) <= 0 || at.Compare(s.high) <= 0 {
+		return nil
+	}
+	if !s.intake.Load() {
+		s.discarded = true
+	}
+	if s.discarded {
+		return nil
+	}
+	if err := r.awaitRoom(ctx); err != nil {
+		return err
+	}
+	if err := s.sink.Row(&r.row); err != nil {
+		return err
+	}
+	s.high, s.open = at, true
+	return nil
+}
+
+// awaitRoom waits for the sink, answering for us meanwhile, but leaves the socket unread no
+// longer than MaxStall.
+func (r *reader) awaitRoom(ctx context.Context) error {
+	room := r.s.sink.Room()
+	if room == nil {
+		return nil
+	}
+	stall := time.NewTimer(r.s.cfg.MaxStall)
+	defer stall.Stop()
+	status := time.NewTimer(max(0, r.interval-time.Since(r.sent)))
+	defer status.Stop()
+	for room != nil {
+		select {
+		case <-room:
+			room = r.s.sink.Room()
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-status.C:
+			if err := r.sendStatus(false); err != nil {
+				return err
+			}
+			status.Reset(r.interval)
+		case <-stall.C:
+			return errStalled
+		}
+	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+func jitter(d time.Duration) time.Duration {
+	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
+}

@@ -1,0 +1,610 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"maps"
+	"math"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/sender"
+)
+
+// defaultConfigPath is read where neither --config nor WALHOOK_CONFIG names a file.
+const defaultConfigPath = "walhook.yaml"
+
+// Config is one whole configuration file with every default filled in and every value
+// checked: a reader of it finds nothing unset and nothing out of range.
+type Config struct {
+	Path      string // the file it came from
+	Database  Database
+	CDC       CDC
+	Outbox    []outbox.Source
+	Defaults  outbox.Endpoint    // what an endpoint is before its own settings; without ID and URL
+	Endpoints []*outbox.Endpoint // in the order of the file
+	Buffer    Buffer
+	Server    Server
+	Log       Log
+}
+
+// Database says where Postgres is. The URLs hold passwords, hence their type.
+type Database struct {
+	URL            outbox.Secret
+	ReplicationURL outbox.Secret // empty: URL serves for replication too
+}
+
+// Replication is the address that replication connections go to.
+func (d Database) Replication() outbox.Secret {
+	if d.ReplicationURL != "" {
+		return d.ReplicationURL
+	}
+	return d.URL
+}
+
+// CDC names the slot and publication that rows arrive through.
+type CDC struct {
+	Slot        string
+	Publication string
+	Instance    string // of the checkpoint: a copy of the database has another one and sends nothing
+	Create      bool   // make slot and publication where they are missing
+	Failover    string // "auto": a failover slot on Postgres 17 and later
+}
+
+// Buffer bounds what is held in memory.
+type Buffer struct {
+	Events     int
+	Bytes      int64
+	SpillAfter time.Duration // a delivery that holds the watermark for longer is parked
+}
+
+// Server is the HTTP side: health, metrics, API.
+type Server struct {
+	Listen string
+	Token  outbox.Secret // of /api; empty: served on loopback only
+}
+
+// Log is how much is logged, and in which form.
+type Log struct {
+	Level  string // debug, info, warn or error
+	Format string // json or console
+}
+
+// defaultConfig is the configuration before the file is read; what has no default there
+// (database.url, outbox, endpoints) is demanded by the loader.
+func defaultConfig() *Config {
+	return &Config{
+		CDC: CDC{
+			Slot:        "walhook",
+			Publication: "walhook",
+			Instance:    "default",
+			Create:      true,
+			Failover:    "auto",
+		},
+		Defaults: outbox.DefaultEndpoint(),
+		Buffer:   Buffer{Events: 10_000, Bytes: 64 << 20, SpillAfter: time.Second},
+		Server:   Server{Listen: ":8080"},
+		Log:      Log{Level: "info", Format: "json"},
+	}
+}
+
+// configPath is the file that is read: the one given, else the one WALHOOK_CONFIG names,
+// else walhook.yaml in the working directory.
+func configPath(given string, env func(string) (string, bool)) string {
+	if given != "" {
+		return given
+	}
+	if p, ok := env("WALHOOK_CONFIG"); ok && p != "" {
+		return p
+	}
+	return defaultConfigPath
+}
+
+// LoadConfig reads the configuration file at path (see configPath for an empty one), strictly:
+// every key is known, every value is checked, and nothing the file says is ignored. Variables
+// come from env. All mistakes are reported at once in a *ConfigError, which never contains
+// the value of a secret, of a variable, or of anything else that may hold a credential.
+func LoadConfig(path string, env func(string) (string, bool)) (*Config, error) {
+	path = configPath(path, env)
+	l := &loader{file: filepath.Clean(path), env: env}
+	src, ok := l.open()
+	if !ok {
+		return nil, l.err()
+	}
+	return l.load(src)
+}
+
+// load is LoadConfig once the file has been read.
+func (l *loader) load(src []byte) (*Config, error) {
+	c := defaultConfig()
+	c.Path = l.file
+	if root, ok := l.parse(src); ok {
+		l.config(root, c)
+	}
+	if err := l.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// The patterns of names. A slot's is Postgres' own.
+var (
+	slotName   = regexp.MustCompile(`^[a-z0-9_]{1,63}$`)
+	endpointID = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,128}$`)
+	headerName = regexp.MustCompile("^[A-Za-z0-9!#$%&'*+.^_`|~-]+$") // a token of RFC 9110
+)
+
+const (
+	slotNameRule   = "1 to 63 of a-z, 0-9 and _"
+	endpointIDRule = "1 to 128 letters, digits, _, - and ."
+	day            = 24 * time.Hour
+)
+
+func (l *loader) config(root value, c *Config) {
+	var sources, endpoints, defaults value
+	keep := func(at *value) func(value) { return func(v value) { *at = v } }
+	seen := l.section(root,
+		field{"database", func(v value) { l.database(v, &c.Database) }},
+		field{"cdc", func(v value) { l.cdc(v, &c.CDC) }},
+		field{"outbox", keep(&sources)},
+		field{"defaults", keep(&defaults)},
+		field{"endpoints", keep(&endpoints)},
+		field{"buffer", func(v value) {
+			l.section(v,
+				field{"events", l.integer(&c.Buffer.Events, 1, 10_000_000)},
+				field{"bytes", l.size(&c.Buffer.Bytes, 1<<20, 1<<40)},
+				field{"spill_after", l.duration(&c.Buffer.SpillAfter, 10*time.Millisecond, time.Minute)})
+		}},
+		field{"server", func(v value) {
+			l.section(v,
+				field{"listen", l.listen(&c.Server.Listen)},
+				field{"token", l.secret(&c.Server.Token)})
+		}},
+		field{"log", func(v value) {
+			l.section(v,
+				field{"level", oneOf(l, &c.Log.Level, "debug", "info", "warn", "error")},
+				field{"format", oneOf(l, &c.Log.Format, "json", "console")})
+		}})
+
+	if !seen["database"] {
+		l.missing(root, "database.url", databaseURLRule)
+	}
+	if seen["outbox"] {
+		c.Outbox = l.sources(root, sources)
+	} else {
+		l.missing(root, "outbox", "a list of sources, as in [{table: public.outbox}]")
+	}
+	// The defaults are read first, wherever they stand in the file.
+	sound := true
+	if seen["defaults"] {
+		sound = l.defaults(defaults, &c.Defaults)
+	}
+	if seen["endpoints"] {
+		c.Endpoints = l.endpoints(endpoints, c.Defaults, sound)
+	} else {
+		l.missing(root, "endpoints", "a list of endpoints, as in [{url: \"https://…\"}]")
+	}
+}
+
+const databaseURLRule = `postgres://user:password@host:port/database?sslmode=…, or host=… dbname=…`
+
+func (l *loader) database(v value, d *Database) {
+	address := func(dst *outbox.Secret, optional bool) func(value) {
+		return func(v value) {
+			s, ok := l.scalar(v, sensitive)
+			if !ok {
+				return
+			}
+			rest, isURL := strings.CutPrefix(s.text, "postgres://")
+			if !isURL {
+				rest, isURL = strings.CutPrefix(s.text, "postgresql://")
+			}
+			switch {
+			case s.text == "" && optional:
+			case s.text == "":
+				l.problem(v, "is empty", databaseURLRule)
+			case isURL && rest != "", !strings.Contains(s.text, "://") && strings.Contains(s.text, "="):
+				*dst = outbox.Secret(s.text)
+			default:
+				l.problem(v, "is not the address of a Postgres database", databaseURLRule)
+			}
+		}
+	}
+	seen := l.section(v,
+		field{"url", address(&d.URL, false)},
+		field{"replication_url", address(&d.ReplicationURL, true)})
+	if seen != nil && !seen["url"] {
+		l.missing(v, v.path+".url", databaseURLRule)
+	}
+}
+
+func (l *loader) cdc(v value, c *CDC) {
+	l.section(v,
+		field{"slot", l.name(&c.Slot, slotName.MatchString, slotNameRule)},
+		field{"publication", l.name(&c.Publication, func(s string) bool { return s != "" && len(s) <= 63 && !strings.ContainsRune(s, 0) }, "1 to 63 bytes")},
+		field{"instance", l.name(&c.Instance, endpointID.MatchString, endpointIDRule)},
+		field{"create", l.boolean(&c.Create)},
+		field{"snapshot", oneOfNow(l, new(string), []string{"never"}, "initial")},
+		field{"recover", oneOfNow(l, new(string), []string{"ask"}, "auto")},
+		field{"failover", oneOf(l, &c.Failover, "auto")})
+}
+
+// sources reads the outbox tables and message prefixes, and has them checked as far as that
+// goes without a database.
+func (l *loader) sources(root, v value) []outbox.Source {
+	items, ok := l.items(v)
+	if ok && len(items) == 0 {
+		l.problem(v, "is empty", "one source or more, as in [{table: public.outbox}]")
+	}
+	all := make([]outbox.Source, 0, len(items))
+	sound := true
+	for _, item := range items {
+		before := len(l.problems)
+		s := l.source(item)
+		if len(l.problems) == before {
+			if err := s.Validate(); err != nil {
+				l.foreign(item, err)
+			}
+		}
+		sound = sound && len(l.problems) == before
+		all = append(all, s)
+	}
+	if sound { // then what is left to find is between them
+		if _, err := outbox.NewMapper(all); err != nil {
+			l.foreign(root, err)
+		}
+	}
+	return all
+}
+
+func (l *loader) source(v value) outbox.Source {
+	var s outbox.Source
+	notEmpty := func(s string) bool { return s != "" }
+	seen := l.section(v,
+		field{"table", l.name(&s.Table, notEmpty, "schema.table, as in public.outbox")},
+		field{"messages", l.name(&s.Messages, notEmpty, "the prefix given to pg_logical_emit_message")},
+		field{"columns", func(v value) {
+			l.section(v,
+				field{"id", l.column(&s.ID)},
+				field{"type", l.column(&s.Type)},
+				field{"key", l.column(&s.Key)},
+				field{"data", l.column(&s.Data)},
+				field{"tenant", l.column(&s.Tenant)},
+				field{"headers", l.column(&s.Headers)},
+				field{"time", l.column(&s.Time)})
+		}},
+		field{"id_prefix", l.text(&s.IDPrefix)})
+	switch {
+	case seen == nil: // not a mapping, which has been said
+	case seen["table"] && seen["messages"]:
+		l.problem(v, "has both table and messages", "one of them; make two sources of it")
+	case !seen["table"] && !seen["messages"]:
+		l.missing(v, v.path+".table", "table: schema.table, or messages: prefix")
+	}
+	return s
+}
+
+// column reads where one part of an event comes from: a column's name, {expr: CEL} or
+// {value: constant}.
+func (l *loader) column(c *outbox.Column) func(value) {
+	return func(v value) {
+		if !isMapping(v) {
+			l.name(&c.Name, func(s string) bool { return s != "" }, "a column's name, {expr: …} or {value: …}")(v)
+			return
+		}
+		seen := l.section(v,
+			field{"expr", l.name(&c.Expr, func(s string) bool { return strings.TrimSpace(s) != "" }, "a CEL expression, as in \"row.kind + '.' + row.type\"")},
+			field{"value", func(v value) { c.Constant = true; l.text(&c.Value)(v) }})
+		if seen != nil && len(seen) != 1 {
+			l.problem(v, "wants one of expr and value", "a column's name, {expr: …} or {value: …}")
+		}
+	}
+}
+
+// defaults reads what is under every endpoint; sound says that nothing was wrong with it.
+func (l *loader) defaults(v value, e *outbox.Endpoint) (sound bool) {
+	before := len(l.problems)
+	l.section(v, l.endpointFields(e)...)
+	if len(l.problems) == before {
+		some := *e
+		some.ID, some.URL = "defaults", "https://localhost"
+		if err := sender.Validate(some); err != nil {
+			l.foreign(v, err)
+		}
+	}
+	return len(l.problems) == before
+}
+
+// endpoints reads the endpoints of the file, each over the defaults. What is wrong with those
+// is not said again for each.
+func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool) []*outbox.Endpoint {
+	items, ok := l.items(v)
+	if ok && len(items) == 0 {
+		l.problem(v, "is empty", "one endpoint or more, as in [{url: \"https://…\"}]")
+	}
+	all := make([]*outbox.Endpoint, 0, len(items))
+	first := make(map[string]value)
+	for _, item := range items {
+		e, sound := l.endpoint(item, defaults)
+		if e.ID != "" {
+			if other, taken := first[e.ID]; taken {
+				l.problem(item, "has the id "+strconv.Quote(e.ID)+" of "+other.path, "a different id for each endpoint")
+			} else {
+				first[e.ID] = item
+			}
+		}
+		if sound && defaultsSound {
+			if err := sender.Validate(e); err != nil {
+				l.foreign(item, err)
+			}
+		}
+		all = append(all, &e)
+	}
+	return all
+}
+
+// endpoint reads one endpoint; sound says that nothing was wrong with it.
+func (l *loader) endpoint(v value, defaults outbox.Endpoint) (e outbox.Endpoint, sound bool) {
+	before := len(l.problems)
+	e = defaults
+	e.Headers = maps.Clone(defaults.Headers)
+	fields := append([]field{
+		{"id", l.name(&e.ID, endpointID.MatchString, endpointIDRule)},
+		{"url", l.endpointURL(&e.URL)},
+	}, l.endpointFields(&e)...)
+	seen := l.section(v, fields...)
+	switch {
+	case seen == nil:
+	case !seen["url"]:
+		l.missing(v, v.path+".url", "https://… or http://…")
+	case !seen["id"] && e.URL != "":
+		e.ID = derivedID(e.URL)
+	}
+	return e, len(l.problems) == before
+}
+
+// endpointFields are the settings that an endpoint and the defaults share.
+func (l *loader) endpointFields(e *outbox.Endpoint) []field {
+	return []field{
+		{"tenant", l.text(&e.Tenant)},
+		{"events", l.globs(&e.Events)},
+		{"filter", l.later("")},
+		{"secrets", l.secrets(&e.Secrets)},
+		{"signing", oneOfNow(l, &e.Signing, []outbox.Signing{outbox.SigningStandard, outbox.SigningNone},
+			"github", "stripe", "shopify", "nfeio")},
+		{"format", oneOfNow(l, &e.Format, []outbox.Format{outbox.FormatStandard, outbox.FormatRaw},
+			"cloudevents", "cloudevents-binary")},
+		{"transform", l.later("")},
+		{"auth", l.later("")},
+		{"headers", l.headers(&e.Headers)},
+		{"ordering", oneOf(l, &e.Ordering, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll)},
+		{"timeout", l.duration(&e.Timeout, time.Millisecond, 10*time.Minute)},
+		{"concurrency", l.integer(&e.Concurrency, 1, 10_000)},
+		{"rate_limit", l.later("")},
+		{"batch", func(v value) {
+			l.section(v,
+				field{"max_events", l.later("1")},
+				field{"linger", l.later("0s", "0")})
+		}},
+		{"retry", func(v value) {
+			l.section(v,
+				field{"schedule", l.schedule(&e.Retry.Schedule)},
+				field{"jitter", l.decimal(&e.Retry.Jitter, 0, 1)},
+				field{"max_age", l.durationOrNever(&e.Retry.MaxAge, time.Second, 365*day)},
+				field{"dead_on", l.codes(&e.Retry.DeadOn)})
+		}},
+		{"breaker", func(v value) {
+			l.section(v,
+				field{"consecutive_failures", l.integer(&e.Breaker.ConsecutiveFailures, 1, 100_000)},
+				field{"failure_rate", l.decimal(&e.Breaker.FailureRate, 0.01, 1)},
+				field{"min_requests", l.integer(&e.Breaker.MinRequests, 1, 100_000)},
+				field{"window", l.duration(&e.Breaker.Window, 100*time.Millisecond, day)},
+				field{"open_for", l.duration(&e.Breaker.OpenFor, 10*time.Millisecond, day)})
+		}},
+		{"disable_after", l.durationOrNever(&e.DisableAfter, time.Second, 365*day)},
+		{"max_payload", l.size(&e.MaxPayload, 1, 1<<30)},
+		{"network", func(v value) {
+			l.section(v,
+				field{"allow", l.prefixes(&e.Network.Allow)},
+				field{"deny", l.prefixes(&e.Network.Deny)})
+		}},
+		{"tls", func(v value) {
+			l.section(v,
+				field{"ca", l.text(&e.TLS.CA)},
+				field{"min_version", oneOf(l, &e.TLS.MinVersion, "1.2", "1.3")})
+		}},
+		{"proxy", l.later("")},
+	}
+}
+
+// endpointURL reads an endpoint's URL. It never quotes it: paths and queries of webhook URLs
+// are credentials as often as not.
+func (l *loader) endpointURL(dst *string) func(value) {
+	const rule = "https://host/path or http://host/path"
+	return func(v value) {
+		s, ok := l.scalar(v, sensitive)
+		if !ok {
+			return
+		}
+		u, err := url.Parse(s.text)
+		switch {
+		case s.text == "":
+			l.problem(v, "is empty", rule)
+		case err != nil:
+			l.problem(v, "is not a URL", rule)
+		case u.Scheme != "https" && u.Scheme != "http":
+			l.problem(v, "does not begin with https:// or http://", rule)
+		case u.Hostname() == "":
+			l.problem(v, "names no host", rule)
+		default:
+			*dst = s.text
+		}
+	}
+}
+
+// derivedID is the id of an endpoint that was given none: its host, and eight digits of a
+// digest where the URL says more than that. The digest stands in for path and query because
+// ids are seen in logs and metrics, where a token from a URL must not appear.
+func derivedID(address string) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		return ""
+	}
+	clean := func(r rune) rune {
+		if r < 128 && endpointID.MatchString(string(r)) {
+			return r
+		}
+		return '-'
+	}
+	id := strings.Trim(strings.Map(clean, strings.ToLower(u.Host)), "-")
+	rest := u.EscapedPath()
+	if u.RawQuery != "" {
+		rest += "?" + u.RawQuery
+	}
+	if len(id) > 100 || id == "" || (rest != "" && rest != "/") {
+		sum := sha256.Sum256([]byte(strings.ToLower(u.Host) + rest))
+		id = strings.Trim(id[:min(len(id), 100)]+"-"+hex.EncodeToString(sum[:4]), "-")
+	}
+	return id
+}
+
+func (l *loader) globs(dst *[]string) func(value) {
+	const rule = `one glob or more, as in ["invoice.*"]; ["*"] is every type`
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		if len(items) == 0 {
+			l.problem(v, "is empty", rule)
+		}
+		globs := make([]string, len(items))
+		for i, item := range items {
+			l.name(&globs[i], func(s string) bool { return s != "" }, rule)(item)
+		}
+		*dst = globs
+	}
+}
+
+func (l *loader) secrets(dst *[]outbox.Secret) func(value) {
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		*dst = nil
+		for _, item := range items {
+			s, ok := l.scalar(item, sensitive)
+			if ok && s.text == "" {
+				l.problem(item, "is empty", "whsec_… or whsk_…")
+			}
+			*dst = append(*dst, outbox.Secret(s.text))
+		}
+	}
+}
+
+// headers are merged into what the defaults gave, by name without regard to case.
+func (l *loader) headers(dst *map[string]string) func(value) {
+	return func(v value) {
+		entries, ok := l.entries(v, "a header's name and its value, as in {X-Env: prod}")
+		if !ok {
+			return
+		}
+		if *dst == nil {
+			*dst = make(map[string]string, len(entries))
+		}
+		for _, e := range entries {
+			s, ok := l.scalar(e.value, sensitive)
+			if !ok {
+				continue
+			}
+			if !headerName.MatchString(e.name) {
+				l.problem(e.value, "is not the name of a header", "letters, digits and -")
+				continue
+			}
+			maps.DeleteFunc(*dst, func(name, _ string) bool { return strings.EqualFold(name, e.name) })
+			(*dst)[e.name] = s.text
+		}
+	}
+}
+
+func (l *loader) schedule(dst *[]time.Duration) func(value) {
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		if len(items) > 100 {
+			l.problem(v, "has "+strconv.Itoa(len(items))+" steps", "0 to 100")
+		}
+		*dst = nil
+		for _, item := range items {
+			var step time.Duration
+			l.duration(&step, time.Millisecond, day)(item)
+			*dst = append(*dst, step)
+		}
+	}
+}
+
+func (l *loader) codes(dst *[]int) func(value) {
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		*dst = nil
+		for _, item := range items {
+			var code int
+			l.integer(&code, 300, 599)(item)
+			*dst = append(*dst, code)
+		}
+	}
+}
+
+func (l *loader) prefixes(dst *[]netip.Prefix) func(value) {
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		*dst = nil
+		for _, item := range items {
+			s, ok := l.scalar(item, public)
+			if !ok {
+				continue
+			}
+			p, err := netip.ParsePrefix(s.text)
+			if a, aerr := netip.ParseAddr(s.text); aerr == nil && a.Zone() == "" {
+				p, err = netip.PrefixFrom(a, a.BitLen()), nil
+			}
+			if err != nil {
+				l.problem(item, s.shown()+" is not a range of addresses", "CIDR or address, as in 10.0.0.0/8, fd00::/8 or 192.0.2.7")
+				continue
+			}
+			*dst = append(*dst, p.Masked())
+		}
+	}
+}
+
+func (l *loader) listen(dst *string) func(value) {
+	const rule = "address:port, as in :8080 or 127.0.0.1:8080"
+	return func(v value) {
+		s, ok := l.scalar(v, public)
+		if !ok {
+			return
+		}
+		_, port, err := net.SplitHostPort(s.text)
+		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || n > math.MaxUint16 {
+			l.problem(v, s.shown()+" is not an address to listen on", rule)
+			return
+		}
+		*dst = s.text
+	}
+}

@@ -1,0 +1,460 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// noEnv is an empty environment.
+func noEnv(string) (string, bool) { return "", false }
+
+// envOf is an environment with these variables.
+func envOf(vars map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
+}
+
+// load reads src as if it were walhook.yaml.
+func load(src string, env func(string) (string, bool)) (*Config, error) {
+	return (&loader{file: "walhook.yaml", env: env}).load([]byte(src))
+}
+
+func mustLoad(t *testing.T, src string, env func(string) (string, bool)) *Config {
+	t.Helper()
+	c, err := load(src, env)
+	require.NoError(t, err)
+	return c
+}
+
+const threeLines = `database: {url: "postgres://app@localhost/shop"}
+outbox: [{table: public.outbox}]
+endpoints: [{url: "https://billing.example.com"}]
+`
+
+// in puts settings into the one endpoint of a config.
+func in(settings string) string {
+	return strings.Replace(threeLines, `.com"}`, `.com", `+settings+`}`, 1)
+}
+
+func TestThreeLinesAreEnough(t *testing.T) {
+	c := mustLoad(t, threeLines, noEnv)
+
+	require.Equal(t, "postgres://app@localhost/shop", c.Database.URL.Reveal())
+	require.Equal(t, c.Database.URL, c.Database.Replication())
+	require.Equal(t, CDC{Slot: "walhook", Publication: "walhook", Instance: "default", Create: true, Failover: "auto"}, c.CDC)
+	require.Equal(t, []outbox.Source{{Table: "public.outbox"}}, c.Outbox)
+	require.Equal(t, Buffer{Events: 10000, Bytes: 64 << 20, SpillAfter: time.Second}, c.Buffer)
+	require.Equal(t, Server{Listen: ":8080"}, c.Server)
+	require.Equal(t, Log{Level: "info", Format: "json"}, c.Log)
+
+	want := outbox.DefaultEndpoint()
+	want.ID, want.URL = "billing.example.com", "https://billing.example.com"
+	require.Equal(t, []*outbox.Endpoint{&want}, c.Endpoints)
+}
+
+func TestEveryKeyAtItsDefaultIsAccepted(t *testing.T) {
+	path := filepath.Join("testdata", "config", "full.yaml")
+	env := envOf(map[string]string{"WALHOOK_DATABASE_URL": "postgres://app@localhost/shop", "BILLING_SECRET": "whsec_c2VjcmV0"})
+	c, err := LoadConfig(path, env)
+	require.NoError(t, err)
+
+	want := outbox.DefaultEndpoint()
+	require.Equal(t, want.Retry, c.Endpoints[0].Retry)
+	require.Equal(t, want.Breaker, c.Endpoints[0].Breaker)
+	require.Equal(t, want.DisableAfter, c.Endpoints[0].DisableAfter)
+	require.Equal(t, want.MaxPayload, c.Endpoints[0].MaxPayload)
+	require.Equal(t, []string{"invoice.*"}, c.Endpoints[0].Events)
+	require.Equal(t, map[string]string{"X-Env": "prod"}, c.Endpoints[0].Headers)
+	require.Equal(t, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, c.Endpoints[0].Network.Allow)
+	require.Equal(t, "whsec_c2VjcmV0", c.Endpoints[0].Secrets[0].Reveal())
+	require.Equal(t, outbox.Secret(""), c.Server.Token)
+	require.Equal(t, "event_type", c.Outbox[0].Type.Name)
+	require.Equal(t, outbox.Source{Messages: "walhook", IDPrefix: "msg_"}, c.Outbox[1])
+}
+
+// The golden files hold every message, so that a change of one is seen and judged.
+func TestConfigMistakesSayWhereWhatAndWhatIsAllowed(t *testing.T) {
+	env := envOf(map[string]string{"WORD": "hunter2hunter2", "EMPTY": ""})
+	files, err := filepath.Glob("testdata/config/bad/*.yaml")
+	require.NoError(t, err)
+	require.NotEmpty(t, files)
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".yaml"), func(t *testing.T) {
+			_, err := LoadConfig(file, env)
+			var cerr *ConfigError
+			require.ErrorAs(t, err, &cerr)
+			require.Equal(t, 2, cerr.ExitCode())
+			got := strings.ReplaceAll(err.Error(), filepath.ToSlash(file), "walhook.yaml") + "\n"
+			require.NotContains(t, got, "hunter2")
+
+			golden := strings.TrimSuffix(file, ".yaml") + ".golden"
+			if *update {
+				require.NoError(t, os.WriteFile(golden, []byte(got), 0o644))
+			}
+			want, err := os.ReadFile(golden)
+			require.NoError(t, err)
+			require.Equal(t, string(want), got)
+		})
+	}
+}
+
+func TestMissingConfigFileSaysHowToNameOne(t *testing.T) {
+	t.Chdir(t.TempDir())
+	_, err := LoadConfig("", noEnv)
+	require.EqualError(t, err, "walhook.yaml: cannot be read: no such file or directory (allowed: a file named by --config or WALHOOK_CONFIG, or ./walhook.yaml)")
+
+	_, err = LoadConfig("", envOf(map[string]string{"WALHOOK_CONFIG": "elsewhere.yaml"}))
+	require.ErrorContains(t, err, "elsewhere.yaml: cannot be read")
+
+	_, err = LoadConfig("given.yaml", envOf(map[string]string{"WALHOOK_CONFIG": "elsewhere.yaml"}))
+	require.ErrorContains(t, err, "given.yaml: cannot be read")
+
+	_, err = LoadConfig(".", noEnv)
+	require.ErrorContains(t, err, "not a regular file")
+}
+
+func TestVariablesServeEveryKindOfValue(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "secret")
+	require.NoError(t, os.WriteFile(file, []byte("whsec_ZmlsZQ==\r\n"), 0o600))
+	env := envOf(map[string]string{
+		"URL": "postgres://app:p#a:s{s},\"w@db/shop", "PORT": "9090", "N": "7", "T": "3s", "SIZE": "2MiB",
+		"RATE": "0.25", "NO": "false", "LIST": "a, b]", "DOLLARS": "${N}", "EMPTY": "",
+	})
+	c := mustLoad(t, `
+database: {url: ${URL}}
+outbox: [{table: "${SCHEMA:-public}.outbox"}]
+cdc: {create: ${NO}}
+server: {listen: ":${PORT}", token: ${EMPTY}}   # braces inside braces
+buffer: {events: ${N}, bytes: ${SIZE}}
+endpoints:
+  - {id: a, url: "https://${HOST:-h}/x", concurrency: ${N}, timeout: ${T}, tenant: $${N}-${DOLLARS}, events: [${LIST}], secrets: [${file:`+file+`}]}
+  - id: b
+    url: https://h/y
+    tenant: ${EMPTY:-acme, inc: #1}
+    breaker: {failure_rate: ${RATE}}
+    timeout: ${EMPTY:-4s}
+`, env)
+
+	require.Equal(t, "postgres://app:p#a:s{s},\"w@db/shop", c.Database.URL.Reveal())
+	require.Equal(t, "public.outbox", c.Outbox[0].Table)
+	require.False(t, c.CDC.Create)
+	require.Equal(t, ":9090", c.Server.Listen)
+	require.Equal(t, Buffer{Events: 7, Bytes: 2 << 20, SpillAfter: time.Second}, c.Buffer)
+	a, b := c.Endpoints[0], c.Endpoints[1]
+	require.Equal(t, "https://h/x", a.URL)
+	require.Equal(t, "${N}-${N}", a.Tenant, "an escape, and a value that is not searched again")
+	require.Equal(t, 7, a.Concurrency)
+	require.Equal(t, 3*time.Second, a.Timeout)
+	require.Equal(t, []string{"a, b]"}, a.Events, "a value cannot bring YAML with it")
+	require.Equal(t, "whsec_ZmlsZQ==", a.Secrets[0].Reveal(), "without the line's end")
+	require.Equal(t, "acme, inc: #1", b.Tenant)
+	require.InDelta(t, 0.25, b.Breaker.FailureRate, 0)
+	require.Equal(t, 4*time.Second, b.Timeout)
+}
+
+func TestColumnsTakeANameAnExpressionOrAConstant(t *testing.T) {
+	c := mustLoad(t, `
+database: {url: host=/run dbname=shop}
+outbox:
+  - table: public."Outbox"
+    columns: {id: id, type: {expr: "row.kind + '.' + row.type"}, key: {value: order}, tenant: {value: ""}, headers: h7}
+endpoints: [{url: "https://h"}]
+`, noEnv)
+	require.Equal(t, []outbox.Source{{
+		Table:   `public."Outbox"`,
+		ID:      outbox.Column{Name: "id"},
+		Type:    outbox.Column{Expr: "row.kind + '.' + row.type"},
+		Key:     outbox.Column{Value: "order", Constant: true},
+		Tenant:  outbox.Column{Constant: true},
+		Headers: outbox.Column{Name: "h7"},
+	}}, c.Outbox)
+}
+
+func TestDefaultsAreUnderEveryEndpoint(t *testing.T) {
+	c := mustLoad(t, `
+database: {url: postgres://localhost/shop}
+outbox: [{messages: walhook}]
+endpoints:
+  - url: https://a.example.com
+  - url: https://b.example.com
+    timeout: 1s
+    retry: {jitter: 0}
+    breaker: {open_for: 1m}
+    headers: {x-env: test, X-More: "1"}
+    events: [b]
+    max_payload: 1MB
+    disable_after: 0
+defaults:
+  timeout: 2s
+  retry: {schedule: [], jitter: 0.5, max_age: 0, dead_on: [400, 422]}
+  breaker: {consecutive_failures: 9}
+  headers: {X-Env: prod}
+  events: [a, "a.*"]
+  ordering: all
+`, noEnv)
+	a, b := c.Endpoints[0], c.Endpoints[1]
+
+	require.Equal(t, 2*time.Second, a.Timeout)
+	require.Empty(t, a.Retry.Schedule)
+	require.Zero(t, a.Retry.MaxAge)
+	require.Equal(t, map[string]string{"X-Env": "prod"}, a.Headers)
+	require.Equal(t, outbox.OrderAll, a.Ordering)
+	require.Equal(t, 30*time.Second, a.Breaker.OpenFor)
+
+	require.Equal(t, time.Second, b.Timeout)
+	require.Zero(t, b.Retry.Jitter, "a zero that is written is meant")
+	require.Equal(t, []int{400, 422}, b.Retry.DeadOn)
+	require.Equal(t, 9, b.Breaker.ConsecutiveFailures)
+	require.Equal(t, time.Minute, b.Breaker.OpenFor)
+	require.Equal(t, map[string]string{"x-env": "test", "X-More": "1"}, b.Headers)
+	require.Equal(t, []string{"b"}, b.Events)
+	require.Equal(t, int64(1_000_000), b.MaxPayload)
+	require.Zero(t, b.DisableAfter)
+
+	require.Equal(t, map[string]string{"X-Env": "prod"}, c.Defaults.Headers)
+	require.Equal(t, 2*time.Second, c.Defaults.Timeout)
+}
+
+func TestAnchorsAndMergeKeysWork(t *testing.T) {
+	c := mustLoad(t, `
+database: {url: postgres://localhost/shop}
+outbox: [{table: outbox}]
+endpoints:
+  - &a
+    id: a
+    url: https://a.example.com
+    retry: &r {jitter: 0.1}
+    timeout: 1s
+  - <<: *a
+    id: b
+    retry: *r
+    timeout: 2s
+`, noEnv)
+	require.Equal(t, "https://a.example.com", c.Endpoints[1].URL)
+	require.Equal(t, "b", c.Endpoints[1].ID)
+	require.Equal(t, 2*time.Second, c.Endpoints[1].Timeout)
+	require.InDelta(t, 0.1, c.Endpoints[1].Retry.Jitter, 0)
+}
+
+func TestIDsAreDerivedFromTheURLWithoutShowingIt(t *testing.T) {
+	for url, want := range map[string]string{
+		"https://billing.example.com":            "billing.example.com",
+		"https://Billing.example.com/":           "billing.example.com",
+		"http://localhost:8080":                  "localhost-8080",
+		"http://[::1]:8080/":                     "1--8080",
+		"https://hooks.example.com/T0/B0/token":  "hooks.example.com-57a878aa",
+		"http://hooks.example.com/T0/B0/token":   "hooks.example.com-57a878aa",
+		"https://hooks.example.com/T0/B0/other":  "hooks.example.com-6e7ae10b",
+		"https://hooks.example.com?token=secret": "hooks.example.com-0eed6cf4",
+		"https://u:p@hooks.example.com":          "hooks.example.com",
+	} {
+		require.Equal(t, want, derivedID(url), url)
+		require.Regexp(t, endpointID, derivedID(url))
+	}
+	require.Regexp(t, endpointID, derivedID("https://"+strings.Repeat("long.", 60)+"example.com"))
+	require.Regexp(t, endpointID, derivedID("https://ü"))
+}
+
+// Every place that may hold a credential holds one here, and the file is broken at every
+// byte in several ways: whatever the loader says about it, it never says a secret.
+func TestConfigErrorsNeverShowASecret(t *testing.T) {
+	const k = "KKKKKKKKKKKKKKKK"
+	src := strings.ReplaceAll(`database:
+  url: postgres://app:@@@@@db/shop
+  replication_url: "postgres://app:@@@@@db/shop"
+outbox: [{table: o}]
+defaults:
+  headers: {Authorization: Bearer @@@@}
+endpoints:
+  - url: https://h.example.com/@@@@?token=@@@@
+    secrets:
+      - whsec_@@@@
+      - "whsk_@@@@"
+      - '@@@@'
+    headers:
+      X-Key: "@@@@"
+  - {url: "https://@@@@:@@@@@h/", secrets: [whsec_@@@@, @@@@]}
+server: {listen: ":8080", token: @@@@}
+`, "@@@@", k)
+	leaks := func(src string) {
+		if _, err := load(src, noEnv); err != nil && strings.Contains(err.Error(), "KKKK") {
+			t.Fatalf("shows a secret:\n%s\nof\n%s", err, src)
+		}
+	}
+	leaks(src)
+	for i := range src {
+		if strings.HasPrefix(src[i:], "KK") && i > 0 && src[i-1] == 'K' {
+			continue // as its neighbours
+		}
+		leaks(src[:i])
+		leaks(src[:i] + src[i+1:])
+		for _, with := range []string{":", ": ", "\n", "\n  ", "{", "}", "[", "]", "\"", "'", ",", "-", "&a ", "*a ", "!t ", "#", "|\n", "\t", "${", "? ", "%", "\x00"} {
+			leaks(src[:i] + with + src[i:])
+		}
+	}
+	for _, key := range []string{"timeout", "concurrency", "ordering", "id", "tenant", "events", "max_payload", "tls", "retry", "signing", "batch"} {
+		c := in(key + ": ${SECRET}")
+		if _, err := load(c, envOf(map[string]string{"SECRET": k})); err != nil {
+			require.NotContains(t, err.Error(), "KKKK")
+		}
+	}
+}
+
+func TestAConfigPrintsWithoutItsSecrets(t *testing.T) {
+	c := mustLoad(t, `
+database: {url: "postgres://app:KKKK@db/shop"}
+outbox: [{table: o}]
+endpoints: [{url: "https://h", secrets: [whsec_KKKK]}]
+server: {token: KKKK}
+`, noEnv)
+	for _, verb := range []string{"%v", "%+v", "%#v"} {
+		require.NotContains(t, fmt.Sprintf(verb, *c), "KKKK")
+		require.NotContains(t, fmt.Sprintf(verb, *c.Endpoints[0]), "KKKK")
+	}
+}
+
+func TestDurations(t *testing.T) {
+	for in, want := range map[string]time.Duration{
+		"0": 0, "0s": 0, "15s": 15 * time.Second, "1m30s": 90 * time.Second, "7d": 7 * day, "1d12h": 36 * time.Hour,
+		"1.5d": 36 * time.Hour, "250ms": 250 * time.Millisecond, "100000d": 100000 * day,
+	} {
+		got, wrong := parseDuration(in)
+		require.Empty(t, wrong, in)
+		require.Equal(t, want, got, in)
+		again, wrong := parseDuration(formatDuration(got))
+		require.Empty(t, wrong, in)
+		require.Equal(t, got, again, in)
+	}
+	for _, in := range []string{"", "15", "-1s", "+1s", "1d-1h", "1w", "d", "s", "1 s", "forever", "1e9s", "200000d", "106751d24h", "99999999999h", "7D"} {
+		_, wrong := parseDuration(in)
+		require.NotEmpty(t, wrong, in)
+	}
+}
+
+func TestSizes(t *testing.T) {
+	for in, want := range map[string]int64{
+		"0": 0, "1048576": 1 << 20, "64MiB": 64 << 20, "1MB": 1_000_000, "1.5 KiB": 1536, "2gib": 2 << 30, "10B": 10, "1TiB": 1 << 40,
+	} {
+		got, ok := parseSize(in)
+		require.True(t, ok, in)
+		require.Equal(t, want, got, in)
+		again, ok := parseSize(formatSize(got))
+		require.True(t, ok, in)
+		require.Equal(t, got, again, in)
+	}
+	for _, in := range []string{"", "-1", "MiB", "1 PiB", "1M", "0.3B", "1e6", "99999999999TiB", "0x10"} {
+		_, ok := parseSize(in)
+		require.False(t, ok, in)
+	}
+}
+
+func TestNearestKeyIsSuggested(t *testing.T) {
+	known := []string{"timeout", "retry", "max_payload", "ordering", "url", "id"}
+	for name, want := range map[string]string{
+		"timout": "timeout", "tiemout": "timeout", "maxPayload": "max_payload", "max-payload": "max_payload", "Timeout": "timeout",
+		"retries": "retry", "uri": "url", "zzz": "", "ordreing": "ordering",
+	} {
+		got := strings.TrimSuffix(strings.TrimPrefix(didYouMean(name, known), ", did you mean "), "?")
+		require.Equal(t, want, got, name)
+	}
+}
+
+// The reference is read by people who have no other: a key that is not there does not exist.
+func TestEveryKeyIsInTheReference(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
+	require.NoError(t, err)
+	_, err = load(`
+nonesuch: 1
+database: {nonesuch: 1, url: host=h}
+cdc: {nonesuch: 1}
+outbox: [{table: t, nonesuch: 1, columns: {nonesuch: 1}}]
+defaults: {nonesuch: 1}
+endpoints: [{nonesuch: 1, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1}}]
+buffer: {nonesuch: 1}
+server: {nonesuch: 1}
+log: {nonesuch: 1}
+`, noEnv)
+	var cerr *ConfigError
+	require.ErrorAs(t, err, &cerr)
+	index := regexp.MustCompile(`\[\d+\]`)
+	sections := 0
+	for _, p := range cerr.Problems {
+		section, found := strings.CutSuffix(p.Key, "nonesuch")
+		if !found || section == "defaults." {
+			continue
+		}
+		sections++
+		section = strings.TrimPrefix(index.ReplaceAllString(section, "[]"), "endpoints[].")
+		for key := range strings.SplitSeq(p.Allowed, ", ") {
+			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "log", "retry", "breaker", "batch", "network", "tls", "columns"}, key) {
+				continue // a section, whose keys are looked for
+			}
+			require.True(t, strings.Contains(string(page), "`"+section+key+"`"), "docs/configuration.md has no `%s`", section+key)
+		}
+	}
+	require.Equal(t, 14, sections)
+}
+
+// What people copy from the pages must be taken as it is.
+func TestExamplesOfTheDocsLoad(t *testing.T) {
+	blocks := regexp.MustCompile("(?s)```yaml\n(.*?)```")
+	env := func(string) (string, bool) { return "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0", true }
+	for _, page := range []string{"README.md", "docs/configuration.md"} {
+		text, err := os.ReadFile(filepath.Join("..", "..", filepath.FromSlash(page)))
+		require.NoError(t, err)
+		examples := blocks.FindAllSubmatch(text, -1)
+		require.NotEmpty(t, examples, page)
+		for _, example := range examples {
+			_, err := load(string(example[1]), env)
+			var cerr *ConfigError
+			if !errors.As(err, &cerr) {
+				continue
+			}
+			for _, p := range cerr.Problems {
+				// A part of a file lacks the rest, the files are elsewhere, and the variable is no URL.
+				if p.Text != "is missing" && !strings.Contains(p.Text, "no such file") && p.Key != "database.url" {
+					t.Errorf("%s: %s: %s in\n%s", page, p.Key, p.Text, example[1])
+				}
+			}
+		}
+	}
+}
+
+func FuzzLoadConfig(f *testing.F) {
+	files, _ := filepath.Glob("testdata/config/*.yaml")
+	bad, _ := filepath.Glob("testdata/config/bad/*.yaml")
+	for _, file := range append(files, bad...) {
+		src, err := os.ReadFile(file)
+		require.NoError(f, err)
+		f.Add(string(src))
+	}
+	f.Add("a: &a [*a]\n<<: *a\n")
+	f.Add("? [a]\n: b\n")
+	f.Fuzz(func(t *testing.T, src string) {
+		c, err := load(src, envOf(map[string]string{"X": "1"}))
+		if err == nil {
+			if len(c.Endpoints) == 0 || len(c.Outbox) == 0 || c.Database.URL == "" {
+				t.Fatal("accepted without what is required")
+			}
+			return
+		}
+		var cerr *ConfigError
+		if !errors.As(err, &cerr) || len(cerr.Problems) == 0 || c != nil {
+			t.Fatalf("%T with %v", err, c)
+		}
+	})
+}

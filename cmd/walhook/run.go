@@ -1,0 +1,473 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/walhook/walhook/cdc"
+	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/outbox/store"
+	"github.com/walhook/walhook/sender"
+)
+
+const (
+	// gracePeriod is how long a stop waits for what is in flight.
+	gracePeriod = 10 * time.Second
+	// fileLook is how often the configuration file is looked at.
+	fileLook = 2 * time.Second
+)
+
+func runCommand(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Run the sidecar",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := o.load()
+			if err != nil {
+				return err
+			}
+			log, err := newLogger(cfg.Log, cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			defer func() { _ = log.Sync() }()
+			return newSidecar(cfg, o, log).run(cmd.Context())
+		},
+	}
+}
+
+func newLogger(c Log, w io.Writer) (*zap.Logger, error) {
+	level, err := zapcore.ParseLevel(c.Level)
+	if err != nil {
+		return nil, fmt.Errorf("log.level: %w", err)
+	}
+	ec := zap.NewProductionEncoderConfig()
+	ec.TimeKey = "time"
+	ec.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	ec.EncodeDuration = zapcore.StringDurationEncoder
+	enc := zapcore.NewJSONEncoder(ec)
+	if c.Format == "console" {
+		ec.EncodeLevel = zapcore.CapitalLevelEncoder
+		enc = zapcore.NewConsoleEncoder(ec)
+	}
+	return zap.New(zapcore.NewCore(enc, zapcore.Lock(zapcore.AddSync(w)), level)), nil
+}
+
+// sidecar is `walhook run`: the pipeline, made anew where the database's history is, and the
+// HTTP server, which outlives pipelines.
+type sidecar struct {
+	opts *options
+	log  *zap.Logger
+
+	mu  sync.Mutex // guards what follows
+	cfg *Config
+	now *pipeline
+}
+
+func newSidecar(cfg *Config, o *options, log *zap.Logger) *sidecar {
+	return &sidecar{opts: o, log: log, cfg: cfg}
+}
+
+// run starts in this order: HTTP, so that a start that waits can be asked why; then the
+// pipeline. It stops in the opposite one.
+func (s *sidecar) run(ctx context.Context) error {
+	srv, err := s.listen()
+	if err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	serveCtx, stopServing := context.WithCancel(context.Background())
+	defer stopServing()
+	g.Go(func() error { return srv.serve(serveCtx) })
+	g.Go(func() error {
+		defer stopServing()
+		return s.pipelines(gctx)
+	})
+	g.Go(func() error { return s.watchFile(gctx) })
+	return g.Wait()
+}
+
+// pipelines runs one pipeline after the other. A new one is needed where what is in memory has
+// lost its ground: another timeline, or another holder.
+func (s *sidecar) pipelines(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		cfg := s.cfg
+		s.mu.Unlock()
+		p, err := newPipeline(cfg, s.databaseURL, s.log)
+		if err != nil {
+			return err
+		}
+		s.mu.Lock()
+		s.now = p
+		s.mu.Unlock()
+		err = p.run(ctx)
+		p.close()
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case errors.Is(err, cdc.ErrNewHistory), errors.Is(err, outbox.ErrFenced):
+			s.log.Warn("starting again from the checkpoint", zap.Error(err))
+		case err != nil:
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// databaseURL reads the configuration anew, so that a rotated password is taken up at the next
+// connect; a file that is broken at the moment leaves the URL as it was.
+func (s *sidecar) databaseURL(replication bool) (string, error) {
+	s.mu.Lock()
+	cfg := s.cfg
+	s.mu.Unlock()
+	if fresh, err := LoadConfig(cfg.Path, s.opts.env); err == nil {
+		cfg = fresh
+	}
+	if replication {
+		return cfg.Database.Replication().Reveal(), nil
+	}
+	return cfg.Database.URL.Reveal(), nil
+}
+
+// watchFile reloads the endpoints on SIGHUP and when the file's content changes.
+func (s *sidecar) watchFile(ctx context.Context) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	tick := time.NewTicker(fileLook)
+	defer tick.Stop()
+	s.mu.Lock()
+	path := s.cfg.Path
+	s.mu.Unlock()
+	last, _ := fileSum(path)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+			last, _ = fileSum(path)
+		case <-tick.C:
+			sum, err := fileSum(path)
+			if err != nil || bytes.Equal(sum, last) {
+				continue
+			}
+			last = sum
+		}
+		s.reload(ctx, path)
+	}
+}
+
+func fileSum(path string) ([]byte, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(b)
+	return sum[:], nil
+}
+
+func (s *sidecar) reload(ctx context.Context, path string) {
+	cfg, err := LoadConfig(path, s.opts.env)
+	if err != nil {
+		s.log.Error("the configuration is broken, the old one stays in force", zap.Error(err))
+		return
+	}
+	s.mu.Lock()
+	old := s.cfg
+	if needsRestart(old, cfg) {
+		s.log.Warn("only endpoints are taken up while running; the other changes wait for a restart")
+	}
+	fresh := *old
+	fresh.Defaults, fresh.Endpoints = cfg.Defaults, cfg.Endpoints
+	s.cfg = &fresh
+	p := s.now
+	s.mu.Unlock()
+	if p == nil {
+		return
+	}
+	if err := p.setEndpoints(ctx, cfg.Endpoints); err != nil {
+		s.log.Error("the endpoints could not be taken up, the old ones stay in force", zap.Error(err))
+		return
+	}
+	s.log.Info("configuration reloaded", zap.Int("endpoints", len(cfg.Endpoints)))
+}
+
+func needsRestart(a, b *Config) bool {
+	return a.Database.Replication() != b.Database.Replication() || a.CDC != b.CDC || !slices.Equal(a.Outbox, b.Outbox) ||
+		a.Buffer != b.Buffer || a.Server != b.Server || a.Log != b.Log
+}
+
+// pipeline is everything between the slot and the endpoints, with metrics of its own.
+type pipeline struct {
+	log    *zap.Logger
+	reg    *prometheus.Registry
+	store  *store.Store
+	client *sender.Client
+	relay  *outbox.Relay
+	stream *cdc.Stream
+	claims *claims
+
+	mu        sync.Mutex // guards what follows
+	preparing error      // why the stream has not started yet
+	endpoints []*outbox.Endpoint
+}
+
+func newPipeline(cfg *Config, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
+	p := &pipeline{log: log, reg: prometheus.NewRegistry(), endpoints: cfg.Endpoints}
+	mapper, err := outbox.NewMapper(cfg.Outbox)
+	if err != nil {
+		return nil, failed{err, exitUsage}
+	}
+	p.store, err = store.Open(context.Background(), store.Config{
+		URL:  func() (string, error) { return url(false) },
+		Slot: cfg.CDC.Slot, Instance: cfg.CDC.Instance, Logger: log,
+	})
+	if err != nil {
+		return nil, failed{err, exitUsage}
+	}
+	p.client, err = sender.New(sender.Config{Logger: log, Version: version, Registerer: p.reg})
+	if err != nil {
+		return nil, err
+	}
+	p.claims = &claims{store: p.store}
+	p.relay, err = outbox.New(outbox.Config{
+		Mapper: mapper, Store: p.store, Claims: p.claims, Sender: p.client, Endpoints: cfg.Endpoints,
+		MaxEvents: cfg.Buffer.Events, MaxBytes: cfg.Buffer.Bytes, SpillAfter: cfg.Buffer.SpillAfter,
+		Logger: log, Registerer: p.reg,
+	})
+	if err != nil {
+		return nil, failed{err, exitUsage}
+	}
+	p.stream = cdc.New(streamConfig(cfg, func() (string, error) { return url(true) }, log), p.relay)
+	p.export()
+	return p, nil
+}
+
+// streamConfig is the part of the configuration that the stream reads.
+func streamConfig(cfg *Config, url func() (string, error), log *zap.Logger) cdc.Config {
+	c := cdc.Config{
+		URL:         url,
+		Slot:        cfg.CDC.Slot,
+		Publication: cfg.CDC.Publication,
+		Create:      cfg.CDC.Create,
+		Failover:    cfg.CDC.Failover == "auto",
+		MaxStall:    cfg.Buffer.SpillAfter,
+		Logger:      log,
+	}
+	for _, src := range cfg.Outbox {
+		if src.Messages != "" {
+			c.Messages = true
+			continue
+		}
+		schema, name, _ := outbox.ParseTable(src.Table) // the loader has parsed it before
+		c.Tables = append(c.Tables, cdc.Table{Schema: schema, Name: name})
+	}
+	return c
+}
+
+// run prepares the schema and relays until ctx ends.
+func (p *pipeline) run(ctx context.Context) error {
+	if !p.prepare(ctx) {
+		return nil
+	}
+	if err := p.setEndpoints(ctx, p.fileEndpoints()); err != nil {
+		return err
+	}
+	err := p.relay.Run(ctx, p.stream, gracePeriod)
+	var fault *cdc.Fault
+	if errors.As(err, &fault) && fault.Config {
+		return failed{err, exitUsage}
+	}
+	return err
+}
+
+// prepare migrates the schema walhook, waiting for whatever can be mended outside. It tells
+// false where ctx ended first.
+func (p *pipeline) prepare(ctx context.Context) bool {
+	wait := 100 * time.Millisecond
+	said := ""
+	for {
+		err := p.store.Migrate(ctx)
+		p.mu.Lock()
+		p.preparing = err
+		p.mu.Unlock()
+		if err == nil {
+			return true
+		}
+		if ctx.Err() != nil {
+			return false
+		}
+		f := cdc.FaultOf(err)
+		if f.Reason != said {
+			said = f.Reason
+			p.log.Error("waiting: "+f.Reason, zap.Error(f.Err), zap.String("remedy", f.Remedy))
+		}
+		t := time.NewTimer(time.Duration(float64(wait) * (0.8 + 0.4*rand.Float64())))
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return false
+		case <-t.C:
+		}
+		wait = min(2*wait, 5*time.Second)
+	}
+}
+
+func (p *pipeline) fileEndpoints() []*outbox.Endpoint {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.endpoints
+}
+
+// setEndpoints takes up the endpoints of the file, with the statuses that we gave them ourselves.
+func (p *pipeline) setEndpoints(ctx context.Context, eps []*outbox.Endpoint) error {
+	p.mu.Lock()
+	p.endpoints = eps
+	waiting := p.preparing
+	p.mu.Unlock()
+	if waiting != nil {
+		return nil // run takes them up when the schema is there
+	}
+	states, err := p.store.LoadEndpointStates(ctx)
+	if err != nil {
+		p.log.Warn("the statuses of endpoints cannot be read", zap.Error(err))
+	}
+	out := make([]*outbox.Endpoint, len(eps))
+	for i, ep := range eps {
+		out[i] = ep
+		for _, st := range states {
+			if st.EndpointID == ep.ID && st.Status != ep.Status {
+				changed := *ep
+				changed.Status = st.Status
+				out[i] = &changed
+				p.log.Warn("endpoint is "+string(st.Status), zap.String("endpoint", ep.ID), zap.String("reason", st.Reason), zap.Time("since", st.Since))
+			}
+		}
+	}
+	return p.relay.SetEndpoints(out)
+}
+
+func (p *pipeline) close() {
+	p.client.Close()
+	p.store.Close()
+}
+
+// export registers the metrics that belong to no package alone.
+func (p *pipeline) export() {
+	gauge := func(name, help string, f func() float64) {
+		p.reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+	}
+	gauge("walhook_buffer_events", "Events in memory. Worry when it stays at buffer.events.", func() float64 {
+		n, _ := p.relay.Buffer()
+		return float64(n)
+	})
+	gauge("walhook_buffer_bytes", "Bytes of events in memory. Worry when it stays at buffer.bytes.", func() float64 {
+		_, n := p.relay.Buffer()
+		return float64(n)
+	})
+	gauge("walhook_watermark_lag_bytes", "WAL received that is not settled. Worry when it only grows.", func() float64 {
+		return float64(p.lag())
+	})
+	gauge("walhook_slot_retained_bytes", "WAL that the server keeps for the slot, looked at every 30 s. Worry when it nears max_slot_wal_keep_size or the free disk.", func() float64 {
+		if sv := p.stream.Status().Survey; sv != nil && sv.Slot != nil {
+			return float64(sv.Slot.Retained)
+		}
+		return 0
+	})
+	p.reg.MustRegister(&walStatus{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+}
+
+// lag is how far the watermark is behind what was received, in bytes of WAL.
+func (p *pipeline) lag() int64 {
+	received, low := p.stream.Received(), p.relay.Low().LSN
+	if received <= low || low == 0 {
+		return 0
+	}
+	return int64(received - low)
+}
+
+// walStatus is 1 for the present wal_status of the slot.
+type walStatus struct{ stream *cdc.Stream }
+
+var walStatusDesc = prometheus.NewDesc("walhook_slot_wal_status", "1 for the slot's wal_status, looked at every 30 s. Worry at anything but reserved.", []string{"status"}, nil)
+
+func (w *walStatus) Describe(ch chan<- *prometheus.Desc) { ch <- walStatusDesc }
+
+func (w *walStatus) Collect(ch chan<- prometheus.Metric) {
+	present := ""
+	if sv := w.stream.Status().Survey; sv != nil && sv.Slot != nil {
+		present = sv.Slot.WALStatus
+	}
+	for _, s := range []string{"reserved", "extended", "unreserved", "lost"} {
+		v := 0.0
+		if s == present {
+			v = 1
+		}
+		ch <- prometheus.MustNewConstMetric(walStatusDesc, prometheus.GaugeValue, v, s)
+	}
+}
+
+// claims gives the relay the record of who holds the slot.
+type claims struct {
+	store *store.Store
+
+	mu    sync.Mutex // guards epoch
+	epoch int64      // of our last claim; zero before the first
+}
+
+func (c *claims) Checkpoint(ctx context.Context) (outbox.Checkpoint, bool, error) {
+	saved, ok, err := c.store.Checkpoint(ctx)
+	return saved.Checkpoint, ok, err
+}
+
+// Claim fails with ErrFenced where somebody else held the slot since our last claim: what is in
+// memory may have been sent by them.
+func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	claimed, err := c.store.Claim(ctx, s.SystemID, s.Slot.Confirmed)
+	var copied *store.CopyError
+	if errors.As(err, &copied) {
+		return outbox.Checkpoint{}, &cdc.Fault{
+			State:  cdc.Waiting,
+			Reason: "this database is a copy, or was restored: nothing is sent until it is adopted",
+			Err:    err,
+			Remedy: copied.AdoptSQL(),
+		}
+	}
+	if err != nil {
+		return outbox.Checkpoint{}, err
+	}
+	if c.epoch != 0 && claimed.Epoch != c.epoch+1 {
+		return outbox.Checkpoint{}, outbox.ErrFenced
+	}
+	c.epoch = claimed.Epoch
+	return claimed.Checkpoint, nil
+}
+
+func (c *claims) SetStatus(ctx context.Context, endpointID string, status outbox.Status, reason string) error {
+	return c.store.SaveEndpointState(ctx, store.EndpointState{EndpointID: endpointID, Status: status, Reason: reason, Since: time.Now()})
+}

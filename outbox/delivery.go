@@ -1,0 +1,95 @@
+package outbox
+
+import (
+	"context"
+	"time"
+)
+
+// Attempt is what a Sender is asked to do once: post this event to this endpoint.
+type Attempt struct {
+	Event    *Event
+	Endpoint *Endpoint
+	Number   int // from 1, over all restarts
+}
+
+// Sender makes one attempt and judges its answer. It waits for nothing but the network,
+// spends at most the endpoint's timeout, and never returns an error: a 503 is a normal day.
+type Sender interface {
+	Send(ctx context.Context, a Attempt) Outcome
+	// Forget drops what was learned of an endpoint that is gone: its circuit, its connections.
+	Forget(endpointID string)
+}
+
+// Verdict is what an Outcome means for the delivery.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Delivered Verdict = iota + 1 // the receiver has it
+	Retry                        // the attempt failed and was spent
+	Dead                         // no attempt will ever do better
+	Held                         // the circuit is open: nothing was sent, no attempt was spent
+	Cut                          // we ended the attempt ourselves: no attempt was spent
+)
+
+func (v Verdict) String() string {
+	switch v {
+	case Delivered:
+		return "delivered"
+	case Retry:
+		return "retry"
+	case Dead:
+		return "dead"
+	case Held:
+		return "held"
+	case Cut:
+		return "cut"
+	}
+	return "unknown"
+}
+
+// Reason says why a delivery was parked or died. It is a closed set: it labels metrics and
+// stands in walhook.deliveries.
+type Reason string
+
+// Why an attempt failed.
+const (
+	ReasonStatus         Reason = "status" // the answer's status; Outcome.Status has it
+	ReasonTimeout        Reason = "timeout"
+	ReasonConnect        Reason = "connect"
+	ReasonReset          Reason = "reset" // the connection broke before an answer
+	ReasonDNS            Reason = "dns"
+	ReasonTLS            Reason = "tls"
+	ReasonProtocol       Reason = "protocol" // the answer was not HTTP
+	ReasonRefusedAddress Reason = "refused_address"
+)
+
+// Why a delivery waits or died without an attempt that failed.
+const (
+	ReasonBreakerOpen    Reason = "breaker_open"
+	ReasonPaused         Reason = "paused"
+	ReasonRetryAfter     Reason = "retry_after"     // the receiver asked us to wait
+	ReasonBehindKey      Reason = "behind_key"      // an earlier event of its key is parked
+	ReasonBehindEndpoint Reason = "behind_endpoint" // earlier events of its endpoint are parked, or its lane is full
+	ReasonSlow           Reason = "slow"            // it held the watermark longer than spill_after
+	ReasonShutdown       Reason = "shutdown"
+	ReasonMaxAge         Reason = "max_age"
+	ReasonTooLarge       Reason = "too_large"
+	ReasonNotJSON        Reason = "not_json"
+	ReasonBadRequest     Reason = "bad_request" // no valid request can be made of this event
+	ReasonUnmappable     Reason = "unmappable"  // the row cannot be understood
+	ReasonRemoved        Reason = "endpoint_removed"
+)
+
+// Outcome is the result of an Attempt, a value and not an error.
+type Outcome struct {
+	Verdict Verdict
+	Reason  Reason
+	Status  int    // of the answer; zero where there was none
+	Detail  string // for people; holds no secret and no URL
+
+	RetryAfter time.Duration // what the receiver asked for; zero where it did not
+	Until      time.Time     // Held: when the circuit lets a probe through
+	Slow       bool          // the receiver asks for less: 429, 502, 503, 504
+	Gone       bool          // 410: the endpoint is to be disabled
+}

@@ -1,0 +1,155 @@
+package outbox
+
+import (
+	"encoding/json"
+	"net/netip"
+	"time"
+)
+
+// Secret is a signing key or a credential. It prints as [redacted] wherever it is printed
+// by accident; Reveal is the one way to its characters.
+type Secret string
+
+// Reveal returns the characters of the secret.
+func (s Secret) Reveal() string { return string(s) }
+
+func (Secret) String() string               { return "[redacted]" }
+func (Secret) GoString() string             { return "[redacted]" }
+func (Secret) MarshalJSON() ([]byte, error) { return json.Marshal("[redacted]") }
+func (Secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
+
+// Ordering is the promise an endpoint has about the order in which its events come.
+type Ordering string
+
+// The orderings.
+const (
+	OrderKey  Ordering = "key"  // events of one key in commit order, one at a time; keys are free of each other
+	OrderNone Ordering = "none" // no order, most parallel
+	OrderAll  Ordering = "all"  // one strict sequence
+)
+
+// Format is the shape of a request's body.
+type Format string
+
+// The formats.
+const (
+	FormatStandard Format = "standard" // {"type", "timestamp", "data"}
+	FormatRaw      Format = "raw"      // the payload alone
+)
+
+// Signing names the scheme by which requests are signed.
+type Signing string
+
+// The signing schemes.
+const (
+	SigningStandard Signing = "standard" // Standard Webhooks 1.0.0
+	SigningNone     Signing = "none"
+)
+
+// Status is what an endpoint is allowed to receive.
+type Status string
+
+// The statuses.
+const (
+	Enabled  Status = "enabled"
+	Paused   Status = "paused"   // events are parked, nothing is sent
+	Disabled Status = "disabled" // new events pass it by; what is parked stays
+)
+
+// Origin tells who registered an endpoint, hence how far its URL is trusted.
+type Origin string
+
+// The origins.
+const (
+	FromFile  Origin = "file"  // the operator's: any address
+	FromTable Origin = "table" // other people's: public addresses over https only
+)
+
+// Endpoint is a URL with its subscription, secrets and delivery policy. It is immutable;
+// a reload brings a new one with the same ID.
+type Endpoint struct {
+	ID     string
+	Origin Origin
+	Status Status
+	URL    string
+
+	Tenant string   // exactly this tenant; "*" all; empty only events without one
+	Events []string // globs on the type
+
+	Secrets []Secret // newest first, all sign
+	Signing Signing
+	Format  Format
+	Headers map[string]string // sent as they are with every request
+
+	Ordering    Ordering
+	Timeout     time.Duration // of one attempt, from dial to the answer's status line
+	Concurrency int           // attempts in flight at once
+	Retry       RetryPolicy
+	Breaker     BreakerPolicy
+
+	DisableAfter time.Duration // of unbroken failure; zero never
+	MaxPayload   int64         // bytes of body
+	Network      Network
+	TLS          TLS
+}
+
+// RetryPolicy says when a failed delivery is tried again and when it is given up.
+type RetryPolicy struct {
+	Schedule []time.Duration // the wait before the 2nd, 3rd, … attempt; after the last the delivery is dead
+	Jitter   float64         // 0.2 spreads a wait by ±20 %
+	MaxAge   time.Duration   // older than this since its commit, a delivery is dead; zero never
+	DeadOn   []int           // status codes not worth a retry
+}
+
+// BreakerPolicy says when an endpoint's circuit opens. It opens on either rule.
+type BreakerPolicy struct {
+	ConsecutiveFailures int
+	FailureRate         float64 // of MinRequests or more completed attempts within Window
+	MinRequests         int
+	Window              time.Duration
+	OpenFor             time.Duration // until one probe is let through
+}
+
+// Network narrows or widens the addresses an endpoint may be reached at.
+type Network struct {
+	Allow []netip.Prefix
+	Deny  []netip.Prefix
+}
+
+// TLS is how an endpoint proves who it is.
+type TLS struct {
+	CA         string // path or PEM of the only accepted authorities; empty for the system's
+	MinVersion string // "1.2" or "1.3"
+}
+
+// DefaultEndpoint holds every setting at its default; URL and ID are the user's to give.
+func DefaultEndpoint() Endpoint {
+	return Endpoint{
+		Origin:      FromFile,
+		Status:      Enabled,
+		Events:      []string{"*"},
+		Signing:     SigningStandard,
+		Format:      FormatStandard,
+		Ordering:    OrderKey,
+		Timeout:     15 * time.Second,
+		Concurrency: 64,
+		Retry: RetryPolicy{
+			Schedule: []time.Duration{
+				5 * time.Second, time.Minute, 5 * time.Minute, 30 * time.Minute, 2 * time.Hour,
+				5 * time.Hour, 10 * time.Hour, 14 * time.Hour, 20 * time.Hour, 24 * time.Hour,
+			},
+			Jitter: 0.2,
+			MaxAge: 7 * 24 * time.Hour,
+		},
+		Breaker: BreakerPolicy{
+			ConsecutiveFailures: 5,
+			FailureRate:         0.5,
+			MinRequests:         20,
+			Window:              30 * time.Second,
+			OpenFor:             30 * time.Second,
+		},
+		DisableAfter: 5 * 24 * time.Hour,
+		MaxPayload:   1 << 20,
+		TLS:          TLS{MinVersion: "1.2"},
+	}
+}

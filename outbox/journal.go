@@ -1,0 +1,203 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+const (
+	journalBatch      = 2000    // changes in one transaction
+	journalBatchBytes = 8 << 20 // of event content in one transaction, beyond the first
+	journalMaxBackoff = 5 * time.Second
+)
+
+// journal writes changes to the store in batches: whatever gathered while the last commit was
+// under way goes with the next one. A batch that fails is tried again for ever, in its order;
+// meanwhile the deliveries in it stay in memory and owed, and the full buffer carries that to
+// the slot.
+type journal struct {
+	store Store
+	log   *zap.Logger
+
+	mu      sync.Mutex // guards what follows
+	queue   []*entry
+	byKey   map[deliveryKey]*entry // those of queue: not yet in a transaction
+	writing int                    // entries in the transaction under way
+	failed  error                  // of the latest write; nil once one succeeded
+	idle    chan struct{}          // closed when nothing is queued or under way; nil while nobody waits
+	signal  chan struct{}
+}
+
+type deliveryKey struct{ endpoint, event string }
+
+// entry is a change on its way. done runs after its commit, on the journal's goroutine.
+type entry struct {
+	change Change
+	done   []func()
+}
+
+func newJournal(store Store, log *zap.Logger) *journal {
+	return &journal{
+		store: store, log: log.Named("journal"),
+		byKey:  map[deliveryKey]*entry{},
+		signal: make(chan struct{}, 1),
+	}
+}
+
+// put queues a change. One that meets an older one of its delivery in the queue takes its place:
+// only the last state counts, and a row that was to be inserted and is gone again needs no write.
+func (j *journal) put(c Change, done func()) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	k := deliveryKey{c.EndpointID, c.Event.ID}
+	if e := j.byKey[k]; e != nil {
+		c.Insert = e.change.Insert
+		e.change = c
+		e.done = append(e.done, done)
+		return
+	}
+	e := &entry{change: c, done: []func(){done}}
+	j.byKey[k] = e
+	j.queue = append(j.queue, e)
+	select {
+	case j.signal <- struct{}{}:
+	default:
+	}
+}
+
+// run writes until ctx ends. It returns ErrFenced where another instance has taken over.
+func (j *journal) run(ctx context.Context) error {
+	backoff := time.Duration(0)
+	for {
+		batch := j.take()
+		if batch == nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-j.signal:
+				continue
+			}
+		}
+		for {
+			err := j.write(ctx, batch)
+			if err == nil {
+				backoff = 0
+				break
+			}
+			if errors.Is(err, ErrFenced) || ctx.Err() != nil {
+				return err
+			}
+			backoff = min(max(2*backoff, 50*time.Millisecond), journalMaxBackoff)
+			j.fail(err)
+			t := time.NewTimer(backoff)
+			select {
+			case <-ctx.Done():
+				t.Stop()
+				return nil
+			case <-t.C:
+			}
+		}
+		for _, e := range batch {
+			for _, done := range e.done {
+				done()
+			}
+		}
+		j.settled()
+	}
+}
+
+func (j *journal) write(ctx context.Context, batch []*entry) error {
+	changes := make([]Change, 0, len(batch))
+	for _, e := range batch {
+		if e.change.Insert && e.change.State == StateGone {
+			continue
+		}
+		changes = append(changes, e.change)
+	}
+	if len(changes) == 0 {
+		return nil
+	}
+	return j.store.Write(ctx, changes)
+}
+
+func (j *journal) take() []*entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n, size := 0, int64(0)
+	for n < len(j.queue) && n < journalBatch {
+		if c := &j.queue[n].change; c.Insert {
+			if size += c.Event.Size(); n > 0 && size > journalBatchBytes {
+				break
+			}
+		}
+		n++
+	}
+	if n == 0 {
+		return nil
+	}
+	batch := j.queue[:n:n]
+	if j.queue = j.queue[n:]; len(j.queue) == 0 {
+		j.queue = nil
+	}
+	for _, e := range batch {
+		delete(j.byKey, deliveryKey{e.change.EndpointID, e.change.Event.ID})
+	}
+	j.writing = n
+	return batch
+}
+
+func (j *journal) fail(err error) {
+	j.mu.Lock()
+	first := j.failed == nil
+	j.failed = err
+	j.mu.Unlock()
+	if first {
+		j.log.Error("nothing can be parked: the schema walhook cannot be written; deliveries wait in memory", zap.Error(err))
+	}
+}
+
+func (j *journal) settled() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.writing = 0
+	if j.failed != nil {
+		j.failed = nil
+		j.log.Info("the schema walhook can be written again")
+	}
+	if j.idle != nil && len(j.queue) == 0 {
+		close(j.idle)
+		j.idle = nil
+	}
+}
+
+// err is why nothing can be written now; nil where nothing is known against it.
+func (j *journal) err() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.failed
+}
+
+// flush waits until everything that was put is committed, or until ctx ends.
+func (j *journal) flush(ctx context.Context) error {
+	for {
+		j.mu.Lock()
+		if len(j.queue) == 0 && j.writing == 0 {
+			j.mu.Unlock()
+			return nil
+		}
+		if j.idle == nil {
+			j.idle = make(chan struct{})
+		}
+		idle := j.idle
+		j.mu.Unlock()
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

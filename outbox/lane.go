@@ -1,0 +1,1057 @@
+package outbox
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/walhook/walhook/cdc"
+)
+
+// laneState is where a lane stands. See doc.go for the picture.
+type laneState uint8
+
+const (
+	// flowing: new deliveries are sent from memory; what is parked belongs to keys that are
+	// blocked, or waits for the time of its retry.
+	flowing laneState = iota
+	// parking: nothing is sent; everything is parked. until says when a probe may go.
+	parking
+	// draining: what is parked is read back in commit order and sent; new deliveries are
+	// parked behind it.
+	draining
+	// closed: nothing is taken, nothing is sent.
+	closed
+)
+
+func (s laneState) String() string {
+	return [...]string{"flowing", "parking", "draining", "closed"}[s]
+}
+
+const (
+	scanPage      = 512
+	scanPageBytes = 4 << 20
+	keyPage       = 64
+	duePage       = 256
+	maxSkip       = 256 // blocked keys that a scan leaves out by name; others are passed over here
+	// maxBlockedKeys bounds the memory of a lane whose keys fail one by one: beyond it the
+	// endpoint counts as failing as a whole.
+	maxBlockedKeys = 50_000
+	maxRetryAfter  = 24 * time.Hour
+	// A lane whose newest deliveries arrive while the last parked ones are being read back
+	// keeps at most so many of them in memory.
+	maxTail       = 4096
+	loadBackoff   = 500 * time.Millisecond
+	recountSlack  = 5 * time.Second
+	minRing       = 20 * time.Millisecond
+	overflowPause = time.Minute
+)
+
+// itemState is where a delivery in memory stands.
+type itemState uint8
+
+const (
+	waiting itemState = iota // its turn will come
+	flying                   // its request is in flight
+	ending                   // its death is being written; its key waits for that
+	left                     // no longer memory's to send: delivered, parked, dead, or read again later
+)
+
+// item is a delivery in memory. Its lane's mu guards it.
+type item struct {
+	event    *Event
+	key      string // what orders it; empty is no order
+	attempts int    // spent
+	arrived  time.Time
+	state    itemState
+	read     bool  // it was read back from the store
+	fresh    bool  // flying: counts against the lane's limit, not only against its concurrency
+	stored   bool  // it has a row in walhook.deliveries, or one on its way there
+	changes  int   // of its row, not yet committed
+	span     *span // what it owes in the ledger; nil once settled, or read back from the store
+	next     *item // in the list of owed
+	prev     *item
+}
+
+// queue holds the deliveries of one key, in commit order. The first one is sent or waits to be.
+type queue struct {
+	key     string
+	items   []*item
+	blocked bool         // rows of this key are stored that are not in items
+	due     time.Time    // blocked: when the first of them may be tried; zero follows items
+	after   cdc.Position // blocked: rows up to here are in items or done
+	pending int          // inserts on their way to the store
+	parks   uint64       // counts inserts, so that a load can tell whether it saw them all
+	wanted  bool         // in the lane's list of keys to load
+}
+
+// Lane is the queue of one endpoint: what waits in memory, what is parked, and when it goes.
+// All order and all waiting of the endpoint's deliveries is decided here, under one lock.
+//
+// While anything of a lane (ordering all), or of a key (ordering key), is parked, nothing newer
+// of it is sent. A lane whose store holds something starts draining, never flowing; a park that
+// fails is tried until it succeeds, and its key stays blocked meanwhile.
+type Lane struct {
+	relay *Relay
+	id    string
+	log   *zap.Logger
+	m     *laneMetrics
+
+	workers sync.WaitGroup // attempts and loads
+
+	mu       sync.Mutex // guards what follows
+	ep       *Endpoint
+	state    laneState
+	why      Reason    // parking: what new deliveries are parked for
+	until    time.Time // parking: when to probe; zero waits for somebody
+	failing  time.Time // since when nothing but failures; zero while well
+	limit    int       // fresh attempts at once, up to the endpoint's concurrency; grows with success
+	inflight int       // attempts
+	fresh    int       // attempts since the lane last began to drain
+	ready    fifo      // the deliveries that may go now
+	loaded   int       // deliveries read back from the store and waiting
+	queues   map[string]*queue
+	blocked  int                    // queues with blocked set
+	owed     itemList               // deliveries that the store does not have, as they arrived
+	held     map[cdc.Position]*item // stored deliveries that memory answers for: loads pass them over
+	ghosts   []cdc.Position         // of held, to be dropped when the load under way has ended
+
+	loading  bool         // one load at a time
+	cursor   cdc.Position // draining: the scan has been here
+	more     bool         // draining: rows may follow the cursor
+	pending  int          // inserts on their way to the store
+	parks    uint64       // counts inserts
+	catching bool         // draining: the end is near, new deliveries wait in tail
+	tail     []*item
+	keys     []*queue  // to be loaded
+	nextDue  time.Time // the soonest retry in the store; zero is none
+	cleared  uint64    // counts clear, so that a load can tell that it is stale
+	surplus  int       // recounts in a row that found more than we know of
+
+	timer   *time.Timer
+	timerAt time.Time
+}
+
+func newLane(r *Relay, ep *Endpoint) *Lane {
+	l := &Lane{
+		relay: r, id: ep.ID, ep: ep,
+		log:    r.log.Named("lane").With(zap.String("endpoint", ep.ID)),
+		m:      r.metrics.lane(ep.ID),
+		limit:  ep.Concurrency,
+		queues: map[string]*queue{},
+		held:   map[cdc.Position]*item{},
+	}
+	if ep.Status != Enabled {
+		l.state, l.why = parking, ReasonPaused
+	}
+	return l
+}
+
+// open tells the lane what the store holds for it, before its first delivery.
+func (l *Lane) open(b Backlog) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.m.parked.Store(b.Parked)
+	l.m.dead.Store(b.Dead)
+	if l.state == flowing && b.Parked > 0 {
+		l.drain(1)
+	}
+}
+
+// recount takes up what the store says, which others may have changed: an operator may have
+// made a dead delivery parked again, or a retry due at once.
+func (l *Lane) recount(b Backlog) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	known := l.m.parked.Swap(b.Parked)
+	l.m.dead.Store(b.Dead)
+	overdue := time.Now().Add(-recountSlack)
+	for _, q := range l.queues {
+		if q.blocked && !q.due.IsZero() && q.due.Before(overdue) && len(q.items) == 0 && l.state != parking {
+			l.want(q) // its row was changed under us, or is gone
+		}
+	}
+	if l.state != flowing || l.pending > 0 || b.Parked == 0 {
+		l.surplus = 0
+		return
+	}
+	if l.surplus++; b.Parked <= known && (l.blocked > 0 || !l.nextDue.IsZero()) {
+		l.surplus = 0
+	}
+	if l.surplus > 1 {
+		l.surplus = 0
+		l.drain(l.limit)
+		return
+	}
+	l.dueAt(b.NextDue)
+}
+
+// orderKey is what orders an event at this endpoint.
+func (l *Lane) orderKey(e *Event) string {
+	switch l.ep.Ordering {
+	case OrderAll:
+		return "*"
+	case OrderKey:
+		return e.Key
+	}
+	return ""
+}
+
+// add takes a new delivery. It never waits.
+func (l *Lane) add(e *Event, sp *span, now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	it := &item{event: e, key: l.orderKey(e), span: sp, arrived: now}
+	l.owed.push(it)
+	switch {
+	case l.state == draining && l.catching && len(l.tail) < maxTail:
+		l.tail = append(l.tail, it)
+	case l.state == flowing:
+		l.enqueue(it)
+		l.dispatch()
+	default:
+		l.letGo()
+		l.park(it, l.parkReason())
+	}
+}
+
+func (l *Lane) parkReason() Reason {
+	switch l.state {
+	case parking:
+		return l.why
+	case closed:
+		return ReasonShutdown
+	}
+	return ReasonBehindEndpoint
+}
+
+// enqueue puts a delivery behind those of its key, in memory or in the store.
+func (l *Lane) enqueue(it *item) {
+	if it.key == "" {
+		l.ready.push(it)
+		return
+	}
+	q := l.queue(it.key)
+	if q.blocked && !it.stored {
+		l.park(it, ReasonBehindKey)
+		return
+	}
+	if q.items = append(q.items, it); len(q.items) == 1 {
+		l.ready.push(it)
+	}
+}
+
+func (l *Lane) queue(key string) *queue {
+	q := l.queues[key]
+	if q == nil {
+		q = &queue{key: key}
+		l.queues[key] = q
+	}
+	return q
+}
+
+func (l *Lane) block(q *queue, due time.Time) {
+	if !q.blocked {
+		q.blocked = true
+		l.blocked++
+	}
+	q.due, q.after = due, cdc.Position{}
+}
+
+func (l *Lane) unblock(q *queue) {
+	if q.blocked {
+		q.blocked = false
+		l.blocked--
+	}
+	q.due = time.Time{}
+	l.tidy(q)
+}
+
+func (l *Lane) tidy(q *queue) {
+	if len(q.items) == 0 && !q.blocked && q.pending == 0 && !q.wanted {
+		delete(l.queues, q.key)
+	}
+}
+
+// park writes a delivery that waits in memory to the store, to wait for its turn there.
+func (l *Lane) park(it *item, why Reason) {
+	if it.key != "" && l.state == flowing {
+		if q := l.queue(it.key); !q.blocked {
+			l.block(q, time.Time{})
+		}
+	}
+	l.insert(it, Change{State: StateParked, Reason: why})
+	l.leave(it)
+}
+
+// insert sends a new row on its way. When it is committed the delivery is settled.
+func (l *Lane) insert(it *item, c Change) {
+	it.stored = true
+	l.owed.remove(it)
+	l.held[it.event.Position] = it
+	l.pending++
+	l.parks++
+	var q *queue
+	if it.key != "" {
+		q = l.queue(it.key)
+		q.pending++
+		q.parks++
+	}
+	if c.State != StateDead {
+		l.m.parked.Add(1)
+	}
+	c.Insert = true
+	l.put(it, c, func() {
+		l.relay.ledger.Settle(it.span)
+		it.span = nil
+		l.pending--
+		l.more = true
+		if q != nil {
+			q.pending--
+			if q.blocked && q.pending == 0 && len(q.items) == 0 && q.due.IsZero() && l.state != parking {
+				l.want(q)
+			}
+			l.tidy(q)
+		}
+		l.load()
+	})
+}
+
+// put writes a change of a stored delivery; done runs under the lane's lock after the commit.
+// Until then memory answers for the delivery.
+func (l *Lane) put(it *item, c Change, done func()) {
+	c.EndpointID, c.Event, c.OrderKey = l.id, it.event, it.key
+	c.Attempts = it.attempts
+	it.changes++
+	l.relay.journal.put(c, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		it.changes--
+		if done != nil {
+			done()
+		}
+		l.forget(it)
+	})
+}
+
+// leave ends memory's part in a delivery, once its changes are committed.
+func (l *Lane) leave(it *item) {
+	if it.state == waiting && it.read {
+		l.loaded--
+	}
+	it.state = left
+	l.owed.remove(it)
+	l.forget(it)
+}
+
+// forget drops what memory knows of a delivery that has left. A load under way may have read
+// its row before the last change, so it is passed over until that load has ended.
+func (l *Lane) forget(it *item) {
+	if it.state != left || it.changes > 0 || it.event == nil {
+		return
+	}
+	if pos := it.event.Position; it.stored && l.held[pos] == it {
+		if l.loading {
+			l.ghosts = append(l.ghosts, pos)
+		} else {
+			delete(l.held, pos)
+		}
+	}
+	l.relay.release(it.event)
+	it.event = nil
+}
+
+// mayWork tells whether sending and loading are allowed at all now.
+func (l *Lane) mayWork() bool { return l.state != closed && l.relay.leased() }
+
+// kick lets the lane go on after whatever held all lanes has passed.
+func (l *Lane) kick() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.dispatch()
+}
+
+// dispatch starts as many attempts as may be in flight, and loads more where memory runs low.
+func (l *Lane) dispatch() {
+	for it := l.next(); it != nil; it = l.next() {
+		l.workers.Add(1)
+		go l.work(it)
+	}
+	l.load()
+}
+
+// next takes the delivery to be sent now; nil where none may be.
+func (l *Lane) next() *item {
+	if l.state == parking || l.fresh >= l.limit || l.inflight >= l.ep.Concurrency || l.ready.len() == 0 || !l.mayWork() {
+		return nil
+	}
+	for {
+		it := l.ready.pop()
+		if it == nil {
+			return nil
+		}
+		if it.state != waiting {
+			continue
+		}
+		if it.read {
+			l.loaded--
+		}
+		it.state, it.fresh = flying, true
+		l.inflight++
+		l.fresh++
+		return it
+	}
+}
+
+// work makes attempts until nothing may be sent.
+func (l *Lane) work(it *item) {
+	defer l.workers.Done()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for it != nil {
+		ep, a := l.ep, Attempt{Event: it.event, Endpoint: l.ep, Number: it.attempts + 1}
+		l.mu.Unlock()
+		now := time.Now()
+		if !it.read {
+			l.relay.ledger.Started(now.Sub(it.arrived))
+		}
+		var out Outcome
+		if age := ep.Retry.MaxAge; age > 0 && now.Sub(a.Event.Commit) > age {
+			out = Outcome{Verdict: Dead, Reason: ReasonMaxAge, Detail: "older than " + age.String()}
+		} else {
+			out = l.relay.sender.Send(l.relay.sendCtx, a)
+		}
+		l.mu.Lock()
+		l.inflight--
+		if it.fresh {
+			l.fresh--
+		}
+		l.ended(it, out)
+		it = l.next()
+		l.dispatch()
+	}
+}
+
+// ended takes in the outcome of an attempt.
+func (l *Lane) ended(it *item, out Outcome) {
+	now := time.Now()
+	switch out.Verdict {
+	case Delivered:
+		l.delivered(it, now)
+	case Held:
+		l.again(it, Change{State: StateParked, Reason: ReasonBreakerOpen})
+		l.pause(ReasonBreakerOpen, out.Until)
+	case Cut:
+		l.again(it, Change{State: StateParked, Reason: ReasonShutdown})
+	case Dead:
+		if out.Status != 0 { // else no request was made
+			it.attempts++
+		}
+		l.bury(it, out)
+	default:
+		it.attempts++
+		l.failed(it, out, now)
+	}
+}
+
+func (l *Lane) delivered(it *item, now time.Time) {
+	l.failing = time.Time{}
+	if l.limit < l.ep.Concurrency {
+		l.limit++ // one more for every success doubles it with every round
+	}
+	l.m.delivered.Inc()
+	l.relay.metrics.latency.Observe(now.Sub(it.event.Commit).Seconds())
+	if it.stored {
+		l.m.parked.Add(-1)
+		l.put(it, Change{State: StateGone}, nil)
+	} else {
+		l.relay.ledger.Settle(it.span)
+		it.span = nil
+	}
+	l.leave(it)
+	l.advance(it)
+}
+
+// failed parks a delivery until its next attempt, or buries it after the last.
+func (l *Lane) failed(it *item, out Outcome, now time.Time) {
+	if l.failing.IsZero() {
+		l.failing = now
+	}
+	l.log.Info("attempt failed",
+		zap.String("event", it.event.ID), zap.Int("attempt", it.attempts),
+		zap.String("reason", string(out.Reason)), zap.Int("status", out.Status), zap.String("detail", out.Detail))
+	if out.Slow {
+		l.limit = max(1, l.limit/2)
+	}
+	asked := min(out.RetryAfter, maxRetryAfter)
+	if policy := l.ep.Retry; it.attempts > len(policy.Schedule) {
+		l.bury(it, out)
+	} else {
+		step := policy.Schedule[it.attempts-1]
+		step = time.Duration(float64(step) * (1 - policy.Jitter + 2*policy.Jitter*rand.Float64()))
+		l.again(it, Change{State: StateParked, Reason: out.Reason, Due: now.Add(max(step, asked)), Status: out.Status, Detail: out.Detail})
+	}
+	switch {
+	case out.Gone:
+		l.relay.disable(l.ep, "it answered 410 Gone")
+	case l.ep.DisableAfter > 0 && now.Sub(l.failing) > l.ep.DisableAfter:
+		l.relay.disable(l.ep, "it has failed for "+l.ep.DisableAfter.String())
+	case asked > 0 && (out.Status == 429 || out.Status == 503):
+		l.pause(ReasonRetryAfter, now.Add(asked))
+	case l.blocked > maxBlockedKeys && l.state == flowing:
+		l.pause(ReasonBehindEndpoint, now.Add(overflowPause))
+	}
+}
+
+// again parks a delivery whose attempt ended without success: its key waits for it.
+func (l *Lane) again(it *item, c Change) {
+	if it.stored {
+		l.put(it, c, nil)
+	} else {
+		l.insert(it, c)
+	}
+	if it.key != "" {
+		q := l.queue(it.key)
+		l.block(q, c.Due)
+		rest := q.items
+		q.items = nil
+		for _, f := range rest {
+			if f != it {
+				l.unload(f, ReasonBehindKey)
+			}
+		}
+	}
+	l.leave(it)
+	l.dueAt(c.Due)
+}
+
+// unload takes a delivery that waits out of memory. One that the store lacks is parked.
+func (l *Lane) unload(it *item, why Reason) {
+	switch {
+	case it.state != waiting:
+	case it.stored:
+		l.leave(it)
+	default:
+		l.park(it, why)
+	}
+}
+
+// bury makes a delivery dead. The next one of its key goes when that is written.
+func (l *Lane) bury(it *item, out Outcome) {
+	l.log.Warn("delivery is dead",
+		zap.String("event", it.event.ID), zap.Int("attempts", it.attempts),
+		zap.String("reason", string(out.Reason)), zap.Int("status", out.Status), zap.String("detail", out.Detail))
+	l.m.deadTotal.Inc()
+	l.m.dead.Add(1)
+	it.state = ending
+	done := func() {
+		l.leave(it)
+		l.advance(it)
+		l.dispatch()
+	}
+	c := Change{State: StateDead, Reason: out.Reason, Status: out.Status, Detail: out.Detail}
+	if it.stored {
+		l.m.parked.Add(-1)
+		l.put(it, c, done)
+		return
+	}
+	l.insert(it, c)
+	l.put(it, c, done)
+}
+
+// advance takes an ended delivery from the head of its key and lets the next one go.
+func (l *Lane) advance(it *item) {
+	q := l.queues[it.key]
+	if it.key == "" || q == nil {
+		return
+	}
+	if i := slices.Index(q.items, it); i >= 0 {
+		q.items = slices.Delete(q.items, i, i+1)
+	}
+	switch {
+	case len(q.items) > 0:
+		l.ready.push(q.items[0])
+	case q.blocked && q.due.IsZero() && l.state != parking:
+		l.want(q)
+	default:
+		l.tidy(q)
+	}
+}
+
+// pause stops sending until a time, or until somebody resumes it where that is zero, and takes
+// out of memory what is not in flight.
+func (l *Lane) pause(why Reason, until time.Time) {
+	switch {
+	case l.state == closed:
+		return
+	case l.state == parking && l.until.IsZero():
+		return
+	case l.state == parking && !until.IsZero() && until.Before(l.until):
+		return
+	}
+	if l.state != parking {
+		l.log.Info("parking", zap.String("reason", string(why)), zap.Time("until", until))
+	}
+	l.state, l.why, l.until = parking, why, until
+	l.clear(why)
+	l.arm()
+}
+
+// drain starts to read back what is parked, from the oldest, with so many attempts at once.
+func (l *Lane) drain(limit int) {
+	if l.state == closed {
+		return
+	}
+	l.state = draining
+	l.clear(ReasonBehindEndpoint)
+	l.limit, l.fresh = min(limit, l.ep.Concurrency), 0
+	l.cursor, l.more = cdc.Position{}, true
+	l.dispatch()
+	l.arm()
+}
+
+// flow ends the drain: everything that is parked is in memory, or belongs to keys that wait for
+// their retry.
+func (l *Lane) flow() {
+	l.state, l.catching = flowing, false
+	tail := l.tail
+	l.tail = nil
+	for _, it := range tail {
+		if it.state == waiting {
+			l.enqueue(it)
+		}
+	}
+	l.arm()
+}
+
+// close ends the lane: what waits is parked, what is in flight goes on. wait tells when that has
+// ended too.
+func (l *Lane) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == closed {
+		return
+	}
+	l.state = closed
+	l.clear(ReasonShutdown)
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+}
+
+// setEndpoint takes up new settings. Nothing of what the lane has learned is lost.
+func (l *Lane) setEndpoint(ep *Endpoint) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	old := l.ep
+	l.ep = ep
+	if l.limit > ep.Concurrency || l.limit >= old.Concurrency {
+		l.limit = ep.Concurrency
+	}
+	switch {
+	case ep.Status != Enabled:
+		l.pause(ReasonPaused, time.Time{})
+	case old.Status != Enabled:
+		l.failing = time.Time{}
+		l.drain(1)
+	case old.Ordering != ep.Ordering:
+		if l.state == flowing {
+			l.drain(l.limit)
+		}
+	default:
+		l.dispatch()
+	}
+}
+
+// clear takes out of memory whatever waits: the next drain finds it in the store, from the
+// oldest on.
+func (l *Lane) clear(why Reason) {
+	l.catching, l.tail = false, nil
+	l.ready = fifo{}
+	l.keys = nil
+	for it := l.owed.first; it != nil; {
+		next := it.next
+		l.unload(it, why)
+		it = next
+	}
+	for _, it := range l.held {
+		l.unload(it, why)
+		it.fresh = false
+	}
+	for _, q := range l.queues {
+		q.items = slices.DeleteFunc(q.items, func(it *item) bool { return it.state == left })
+		q.wanted = false
+		if q.due.IsZero() { // a known retry keeps its key blocked, its row may still be on its way
+			l.unblock(q)
+		}
+	}
+	for it := l.owed.first; it != nil; it = it.next {
+		it.fresh = false
+	}
+	l.cleared++
+}
+
+// letGo parks the deliveries that waited for the end of the drain.
+func (l *Lane) letGo() {
+	if !l.catching {
+		return
+	}
+	l.catching = false
+	tail := l.tail
+	l.tail = nil
+	for _, it := range tail {
+		l.unload(it, ReasonBehindEndpoint)
+	}
+}
+
+// spill writes to the store whatever arrived before a time and is not settled, so that it no
+// longer holds the watermark. What is in flight goes on; what only waits shows that the lane
+// cannot keep up, so all of it goes the slow way.
+func (l *Lane) spill(before time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	behind := false
+	var slow []*queue
+	for it := l.owed.first; it != nil && it.arrived.Before(before); {
+		next := it.next
+		if it.state == flying {
+			l.insert(it, Change{State: StateSending, Reason: ReasonSlow})
+		} else if q := l.queues[it.key]; l.catching || it.key == "" || q == nil || len(q.items) == 0 || q.items[0] == it || q.items[0].state == waiting {
+			behind = behind || it.state == waiting
+		} else if len(slow) == 0 || slow[len(slow)-1] != q {
+			slow = append(slow, q)
+		}
+		it = next
+	}
+	switch {
+	case behind && l.catching:
+		l.letGo()
+	case behind && l.state == flowing:
+		l.log.Info("draining: the endpoint cannot keep up, its deliveries go through walhook.deliveries")
+		l.drain(l.limit)
+	default:
+		for _, q := range slow {
+			rest := q.items[1:]
+			q.items = q.items[:1:1]
+			for _, it := range rest {
+				l.unload(it, ReasonBehindKey)
+			}
+		}
+	}
+}
+
+// overflow sends what waits the slow way.
+func (l *Lane) overflow() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == flowing && l.ready.len() > 0 {
+		l.drain(l.limit)
+	}
+}
+
+// dueAt makes the lane look into the store at t at the latest.
+func (l *Lane) dueAt(t time.Time) {
+	if !t.IsZero() && (l.nextDue.IsZero() || t.Before(l.nextDue)) {
+		l.nextDue = t
+		l.arm()
+	}
+}
+
+// arm sets the timer to what the lane waits for.
+func (l *Lane) arm() {
+	at := l.nextDue
+	switch l.state {
+	case parking:
+		at = l.until
+	case closed:
+		at = time.Time{}
+	}
+	if at.IsZero() || at.Equal(l.timerAt) {
+		return
+	}
+	l.timerAt = at
+	if soon := time.Now().Add(minRing); at.Before(soon) {
+		at = soon // what is overdue waits for a load under way, or for the lease
+	}
+	if l.timer == nil {
+		l.timer = time.AfterFunc(time.Until(at), l.ring)
+		return
+	}
+	l.timer.Reset(time.Until(at))
+}
+
+func (l *Lane) ring() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.timerAt = time.Time{}
+	if l.state == parking && !l.until.IsZero() && !time.Now().Before(l.until) {
+		l.drain(1)
+		return
+	}
+	l.load()
+	l.arm()
+}
+
+// want puts a key on the list of those to be loaded.
+func (l *Lane) want(q *queue) {
+	if q.wanted {
+		return
+	}
+	q.wanted = true
+	l.keys = append(l.keys, q)
+	l.load()
+}
+
+// load reads from the store what may go next: keys whose head is done, retries that are due,
+// and while draining the next page. One load is under way at a time.
+func (l *Lane) load() {
+	if l.loading || l.state == parking || !l.mayWork() {
+		return
+	}
+	var job job
+	ahead := min(max(8*l.limit, 32), 2*scanPage)
+	switch {
+	case len(l.keys) > 0:
+		job = l.loadKey()
+	case !l.nextDue.IsZero() && !time.Now().Before(l.nextDue):
+		job = l.loadDue()
+	case l.state == draining && l.more && l.loaded <= ahead/2 && (l.loaded == 0 || l.relay.ledger.fits()):
+		job = l.scan(min(scanPage, ahead-l.loaded))
+	default:
+		return
+	}
+	l.loading = true
+	l.workers.Add(1)
+	go func() {
+		defer l.workers.Done()
+		take, err := job(l.relay.sendCtx)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if err == nil {
+			take()
+		}
+		l.loading = false
+		for _, pos := range l.ghosts {
+			delete(l.held, pos)
+		}
+		l.ghosts = l.ghosts[:0]
+		if err != nil {
+			if l.relay.sendCtx.Err() == nil {
+				l.log.Warn("parked deliveries cannot be read", zap.Error(err))
+			}
+			l.dueAt(time.Now().Add(loadBackoff))
+			return
+		}
+		l.dispatch()
+	}()
+}
+
+// job reads from the store without the lane's lock and returns what to do with it under the lock.
+type job func(context.Context) (take func(), err error)
+
+// scan is the job that reads the next page of what is parked, in commit order.
+func (l *Lane) scan(limit int) job {
+	var skip []string
+	for key, q := range l.queues {
+		if q.blocked && len(skip) < maxSkip {
+			skip = append(skip, key)
+		}
+	}
+	cursor, parks, cleared := l.cursor, l.parks, l.cleared
+	return func(ctx context.Context) (func(), error) {
+		rows, more, err := l.relay.store.Scan(ctx, l.id, cursor, skip, limit, scanPageBytes)
+		return func() {
+			if l.cleared == cleared && l.state == draining {
+				l.scanned(rows, more, parks)
+			}
+		}, err
+	}
+}
+
+func (l *Lane) scanned(rows []Stored, more bool, parks uint64) {
+	now := time.Now()
+	// The probe is the oldest delivery, also where its retry is due only a little later: better
+	// than a newer one.
+	early := now
+	if l.limit == 1 && l.inflight == 0 {
+		early = now.Add(l.ep.Breaker.OpenFor)
+	}
+	for _, row := range rows {
+		pos := row.Event.Position
+		if h := l.held[pos]; h != nil && h.state == left && h.span != nil {
+			l.more = false // its insert is told in a moment, and sets more again
+			return
+		}
+		l.cursor = pos
+		q := l.queues[row.OrderKey]
+		switch {
+		case row.OrderKey != "" && q != nil && q.blocked:
+		case row.Due.After(early):
+			if row.OrderKey != "" {
+				l.block(l.queue(row.OrderKey), row.Due)
+			}
+			l.dueAt(row.Due)
+		default:
+			if l.take(row) {
+				early = now
+			}
+		}
+	}
+	switch l.more = more; {
+	case more:
+	case l.pending == 0 && l.parks == parks:
+		l.flow()
+	default:
+		l.catching = true
+		l.more = l.pending == 0
+	}
+}
+
+// loadKey is the job that reads the next rows of the first key on the list.
+func (l *Lane) loadKey() job {
+	q := l.keys[0]
+	after, parks, cleared := q.after, q.parks, l.cleared
+	return func(ctx context.Context) (func(), error) {
+		rows, more, err := l.relay.store.ScanKey(ctx, l.id, q.key, after, keyPage, scanPageBytes)
+		return func() {
+			if l.cleared != cleared || len(l.keys) == 0 || l.keys[0] != q {
+				return
+			}
+			l.keys = l.keys[1:]
+			q.wanted = false
+			if q.blocked && len(q.items) == 0 {
+				l.keyLoaded(q, rows, more, parks)
+			}
+			l.tidy(q)
+		}, err
+	}
+}
+
+func (l *Lane) keyLoaded(q *queue, rows []Stored, more bool, parks uint64) {
+	now := time.Now()
+	for _, row := range rows {
+		pos := row.Event.Position
+		if h := l.held[pos]; h != nil && h.state == left && h.span != nil {
+			more = true
+			break
+		}
+		if len(q.items) == 0 && row.Due.After(now) {
+			l.block(q, row.Due)
+			l.dueAt(row.Due)
+			return
+		}
+		q.after = pos
+		q.due = time.Time{}
+		l.take(row)
+	}
+	switch {
+	case !more && q.pending == 0 && q.parks == parks:
+		l.unblock(q) // all of them are in memory
+	case len(q.items) == 0 && q.pending == 0:
+		l.want(q)
+	}
+}
+
+// loadDue is the job that finds the retries whose time has come.
+func (l *Lane) loadDue() job {
+	cleared := l.cleared
+	now := time.Now()
+	l.nextDue = time.Time{}
+	return func(ctx context.Context) (func(), error) {
+		keys, loose, next, err := l.relay.store.Due(ctx, l.id, now, duePage, scanPageBytes)
+		return func() {
+			if l.cleared != cleared {
+				next = now
+			} else {
+				for _, key := range keys {
+					if q := l.queue(key); len(q.items) == 0 {
+						l.block(q, time.Time{})
+						l.want(q)
+					}
+				}
+				for _, row := range loose {
+					l.take(row)
+				}
+				if len(keys)+len(loose) >= duePage {
+					next = now.Add(loadBackoff)
+				}
+			}
+			l.dueAt(next)
+		}, err
+	}
+}
+
+// take puts a row that was read back into memory. It tells false where memory knows better.
+func (l *Lane) take(row Stored) bool {
+	if l.held[row.Event.Position] != nil {
+		return false
+	}
+	it := &item{event: row.Event, key: row.OrderKey, attempts: row.Attempts, stored: true, read: true, arrived: time.Now()}
+	l.held[row.Event.Position] = it
+	l.loaded++
+	l.relay.ledger.Hold(row.Event)
+	row.Event.refs = 1
+	l.enqueue(it)
+	return true
+}
+
+// itemList is a list of items in the order in which they arrived.
+type itemList struct{ first, last *item }
+
+func (l *itemList) push(it *item) {
+	if it.prev = l.last; l.last == nil {
+		l.first = it
+	} else {
+		l.last.next = it
+	}
+	l.last = it
+}
+
+// remove takes an item out; one that is not in the list is left alone.
+func (l *itemList) remove(it *item) {
+	if it.prev == nil && it.next == nil && l.first != it {
+		return
+	}
+	if it.prev == nil {
+		l.first = it.next
+	} else {
+		it.prev.next = it.next
+	}
+	if it.next == nil {
+		l.last = it.prev
+	} else {
+		it.next.prev = it.prev
+	}
+	it.prev, it.next = nil, nil
+}
+
+// fifo is a queue of items.
+type fifo struct {
+	items []*item
+	head  int
+}
+
+func (f *fifo) len() int { return len(f.items) - f.head }
+
+func (f *fifo) push(it *item) { f.items = append(f.items, it) }
+
+func (f *fifo) pop() *item {
+	if f.head == len(f.items) {
+		return nil
+	}
+	it := f.items[f.head]
+	f.items[f.head] = nil
+	f.head++
+	switch {
+	case f.head == len(f.items):
+		f.items, f.head = f.items[:0], 0
+	case f.head > 1024 && f.head > len(f.items)/2:
+		f.items = append(f.items[:0], f.items[f.head:]...)
+		f.head = 0
+	}
+	return it
+}

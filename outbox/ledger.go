@@ -1,0 +1,234 @@
+package outbox
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/walhook/walhook/cdc"
+)
+
+// Ledger knows what is owed. Rows are opened in commit order and settled in any order; Low is
+// the watermark below which nothing is owed. It also counts the memory that events hold, and
+// so knows whether there is room for more.
+//
+// Settled means: delivered, wanted by nobody, or committed to the schema walhook. A commit of
+// ours is safe on this server at once; that it is safe on a standby too is proved where the slot
+// is told (cdc.Stream.Confirm waits until the stream has passed the checkpoint's own commit,
+// which lies behind every commit that the checkpoint counts on).
+type Ledger struct {
+	maxEvents int64
+	maxBytes  int64
+
+	events atomic.Int64 // held in memory
+	bytes  atomic.Int64
+	window atomic.Int64 // of events: at most maxEvents, less while the machine is the limit
+	wait   atomic.Int64 // shortest wait from arrival to attempt since the last Adapt, ns; -1 none
+
+	mu         sync.Mutex // guards what follows
+	head, tail *span      // what is not settled, and settled runs between; head is always owed
+	low        Checkpoint
+	room       chan struct{} // closed when there is room again; nil while there is
+	fullSince  time.Time
+}
+
+// span is a run of rows, one row while something of it is owed. Settled neighbours melt into
+// one, so a million settled rows behind one that is owed are one span.
+type span struct {
+	pos        cdc.Position // of its last row
+	end        cdc.LSN      // what is settled for good with it: a commit's end; zero inside a transaction
+	owed       int
+	arrived    time.Time
+	prev, next *span
+}
+
+// minWindow is how many events are in memory at least before intake waits.
+const minWindow = 512
+
+// NewLedger makes a Ledger for at most that many events and bytes in memory.
+func NewLedger(maxEvents int, maxBytes int64) *Ledger {
+	l := &Ledger{maxEvents: int64(maxEvents), maxBytes: maxBytes}
+	l.window.Store(l.maxEvents)
+	l.wait.Store(-1)
+	return l
+}
+
+// Reset starts the ledger at a checkpoint. Nothing may be owed.
+func (l *Ledger) Reset(at Checkpoint) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.head == nil && l.low == (Checkpoint{}) {
+		l.low = at
+	}
+}
+
+// Open enters a row that is owed to n endpoints; n may be zero.
+func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case n == 0 && l.tail == nil:
+		l.low.Position = pos
+		return nil
+	case n == 0 && l.tail.owed == 0:
+		l.tail.pos = pos
+		return nil
+	}
+	s := &span{pos: pos, owed: n, arrived: now, prev: l.tail}
+	if l.tail == nil {
+		l.head = s
+	} else {
+		l.tail.next = s
+	}
+	l.tail = s
+	return s
+}
+
+// Close says that everything up to end was opened: a commit ends there, or a keepalive between
+// transactions does.
+func (l *Ledger) Close(end cdc.LSN) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.tail == nil {
+		l.low.LSN = max(l.low.LSN, end)
+		return
+	}
+	l.tail.end = max(l.tail.end, end)
+}
+
+// Settle takes one delivery off what is owed for a row.
+func (l *Ledger) Settle(s *span) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.owed--; s.owed > 0 {
+		return
+	}
+	if s.owed < 0 {
+		panic("outbox: a delivery was settled twice")
+	}
+	if s != l.head {
+		if p := s.prev; p.owed == 0 {
+			p.absorb(l)
+			s = p
+		}
+		if s.next != nil && s.next.owed == 0 {
+			s.absorb(l)
+		}
+		return
+	}
+	for l.head != nil && l.head.owed == 0 {
+		h := l.head
+		l.low.Position = h.pos
+		l.low.LSN = max(l.low.LSN, h.end)
+		if l.head = h.next; l.head == nil {
+			l.tail = nil
+		} else {
+			l.head.prev = nil
+		}
+	}
+}
+
+// absorb melts the next span into s; both are settled.
+func (s *span) absorb(l *Ledger) {
+	n := s.next
+	s.pos = n.pos
+	s.end = max(s.end, n.end)
+	if s.next = n.next; s.next == nil {
+		l.tail = s
+	} else {
+		s.next.prev = s
+	}
+}
+
+// Low is the watermark: nothing that committed below its LSN is owed, and inside the
+// transaction that follows nothing up to its Position. It never passes an unsettled delivery,
+// whatever order the lanes finish in.
+func (l *Ledger) Low() Checkpoint {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.low
+}
+
+// Oldest is when the row that holds the watermark arrived; zero where nothing is owed.
+func (l *Ledger) Oldest() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.head == nil {
+		return time.Time{}
+	}
+	return l.head.arrived
+}
+
+// Hold counts an event into memory. It never refuses: whoever brings an event has asked Room.
+func (l *Ledger) Hold(e *Event) {
+	l.events.Add(1)
+	l.bytes.Add(e.Size())
+}
+
+// Release counts an event out of memory.
+func (l *Ledger) Release(e *Event) {
+	l.events.Add(-1)
+	l.bytes.Add(-e.Size())
+	if l.fits() {
+		l.mu.Lock()
+		if l.room != nil && l.fits() {
+			close(l.room)
+			l.room, l.fullSince = nil, time.Time{}
+		}
+		l.mu.Unlock()
+	}
+}
+
+func (l *Ledger) fits() bool {
+	return l.events.Load() < l.window.Load() && l.bytes.Load() < l.maxBytes
+}
+
+// Room is nil while there is room for an event, else a channel that is closed when there is.
+func (l *Ledger) Room() <-chan struct{} {
+	if l.fits() {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fits() { // asked again under the lock, so that no Release is missed
+		return nil
+	}
+	if l.room == nil {
+		l.room, l.fullSince = make(chan struct{}), time.Now()
+	}
+	return l.room
+}
+
+// FullSince is when Room last ran out; zero while there is room.
+func (l *Ledger) FullSince() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.fullSince
+}
+
+// Held tells how many events, and bytes of them, are in memory.
+func (l *Ledger) Held() (events, bytes int64) { return l.events.Load(), l.bytes.Load() }
+
+// Started notes how long a delivery waited in memory for its attempt.
+func (l *Ledger) Started(wait time.Duration) {
+	for {
+		w := l.wait.Load()
+		if w >= 0 && w <= int64(wait) || l.wait.CompareAndSwap(w, int64(wait)) {
+			return
+		}
+	}
+}
+
+// Adapt sizes the window so that an event waits in memory for no more than half of target
+// where the machine itself is the limit: otherwise a backlog that we read faster than we send
+// would grow old in memory and be parked for nothing. The shortest wait decides, so one slow
+// endpoint does not narrow the window for the others.
+func (l *Ledger) Adapt(target time.Duration) {
+	switch w := time.Duration(l.wait.Swap(-1)); {
+	case w < 0:
+	case w > target/2:
+		l.window.Store(max(min(minWindow, l.maxEvents), l.window.Load()*3/4))
+	case w < target/4:
+		l.window.Store(min(l.maxEvents, l.window.Load()*5/4+64))
+	}
+}

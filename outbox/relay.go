@@ -1,0 +1,686 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/walhook/walhook/cdc"
+)
+
+// Stream is the stream of rows as the relay steers it.
+type Stream interface {
+	// Run hands rows to the relay until ctx ends.
+	Run(ctx context.Context) error
+	// Drain stops handing rows on, but keeps the connection.
+	Drain()
+	// Confirm lets the server forget what lies below at, once the stream has passed proof.
+	Confirm(at, proof cdc.LSN)
+	// Confirmed waits until the server shows what was last confirmed.
+	Confirmed(ctx context.Context) error
+	// Lag is how many bytes of WAL the server has written that were not received yet.
+	Lag(ctx context.Context) (int64, error)
+}
+
+// Claims is the record of who holds the slot and how far it is settled.
+type Claims interface {
+	// Checkpoint reads the record; ok is false where there is none.
+	Checkpoint(ctx context.Context) (c Checkpoint, ok bool, err error)
+	// Claim makes us the holder and returns the record, new where there was none.
+	Claim(ctx context.Context, s cdc.Session) (Checkpoint, error)
+	// SetStatus keeps the status that we gave an endpoint through restarts.
+	SetStatus(ctx context.Context, endpointID string, status Status, reason string) error
+}
+
+// Config is what a Relay needs.
+type Config struct {
+	Mapper     *Mapper
+	Store      Store
+	Claims     Claims
+	Sender     Sender
+	Endpoints  []*Endpoint
+	MaxEvents  int           // in memory
+	MaxBytes   int64         // in memory
+	SpillAfter time.Duration // how long a delivery may hold the watermark
+	Logger     *zap.Logger
+	Registerer prometheus.Registerer
+}
+
+const (
+	// lease is how long we may send without having heard from Postgres. Another instance may have
+	// the slot after that.
+	lease = 15 * time.Second
+
+	checkpointEvery = time.Second
+	// An idle outbox on a busy database moves the slot by so much WAL, or at the latest after so
+	// long, and writes nothing while nothing happens.
+	idleCheckpointBytes  = 1 << 20
+	idleCheckpointAfter  = time.Minute
+	idleCheckpointLittle = 64 << 10
+
+	recountEvery  = 30 * time.Second
+	overflowAfter = 16 << 20 // bytes by which the WAL may grow while the buffer is full
+	maxRoutes     = 10_000
+	maxTold       = 1_000
+)
+
+// Relay takes rows from the stream, maps them to events, and gives each to the lanes of the
+// endpoints that want it. It is the cdc.Sink of the stream.
+type Relay struct {
+	cfg     Config
+	log     *zap.Logger
+	metrics *metrics
+	ledger  *Ledger
+	journal *journal
+	store   Store
+	sender  Sender
+
+	sendCtx  context.Context // of all attempts and loads; ends when the grace period does
+	stopSend context.CancelFunc
+
+	heard     atomic.Int64 // when Postgres was last heard of, Unix ns
+	lapsed    atomic.Bool  // the lease ran out and the lanes are to be woken
+	handedOn  atomic.Int64 // events since the last checkpoint
+	disabling sync.WaitGroup
+
+	mu       sync.Mutex // guards what follows
+	registry *Registry
+	lanes    map[string]*Lane
+	routes   map[route][]*Lane
+	claimed  bool
+	opened   bool               // the lanes know what the store holds
+	backlog  map[string]Backlog // of lanes that do not exist yet
+	told     map[string]bool    // types that were said to be unwanted
+}
+
+type route struct{ tenant, eventType string }
+
+// New makes a Relay that has not started.
+func New(cfg Config) (*Relay, error) {
+	reg, err := NewRegistry(cfg.Endpoints)
+	if err != nil {
+		return nil, err
+	}
+	r := &Relay{
+		cfg: cfg, log: cfg.Logger.Named("outbox"),
+		metrics:  newMetrics(cfg.Registerer),
+		ledger:   NewLedger(cfg.MaxEvents, cfg.MaxBytes),
+		store:    cfg.Store,
+		sender:   cfg.Sender,
+		registry: reg,
+		lanes:    map[string]*Lane{},
+		routes:   map[route][]*Lane{},
+		told:     map[string]bool{},
+	}
+	r.journal = newJournal(cfg.Store, r.log)
+	r.sendCtx, r.stopSend = context.WithCancel(context.Background())
+	return r, nil
+}
+
+// Run relays until ctx ends, then stops in order within grace: intake first, then what is in
+// flight; what waits is parked, and what was settled is confirmed, so that the next start
+// repeats nothing. It returns an error where it could not go on.
+func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error {
+	work, stopWork := context.WithCancel(context.Background())
+	defer stopWork()
+	defer r.stopSend()
+	g, work := errgroup.WithContext(work)
+	g.Go(func() error { return src.Run(work) })
+	g.Go(func() error { return r.journal.run(work) })
+	g.Go(func() error { return r.tick(work, src) })
+	select {
+	case <-ctx.Done():
+		r.stop(work, src, grace)
+		stopWork()
+	case <-work.Done():
+		r.closeLanes()
+		r.stopSend()
+		r.waitLanes(context.Background())
+	}
+	err := g.Wait()
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// stop ends the work in order. work outlives it.
+func (r *Relay) stop(work context.Context, src Stream, grace time.Duration) {
+	r.log.Info("stopping", zap.Duration("grace", grace))
+	deadline, cancel := context.WithTimeout(work, grace)
+	defer cancel()
+	src.Drain()
+	r.closeLanes()
+	r.waitLanes(deadline)
+	r.stopSend() // attempts that are still in flight are cut short and parked
+	r.waitLanes(work)
+	r.disabling.Wait()
+
+	last, cancelLast := context.WithTimeout(work, 5*time.Second)
+	defer cancelLast()
+	r.mu.Lock()
+	claimed := r.claimed
+	r.mu.Unlock()
+	if !claimed {
+		return
+	}
+	if err := r.journal.flush(last); err != nil {
+		r.log.Error("not everything could be parked: some events will come again", zap.Error(r.journal.err()))
+	}
+	low := r.ledger.Low()
+	proof, err := r.store.SaveCheckpoint(last, low)
+	if err != nil {
+		r.log.Error("the last checkpoint could not be written: some events will come again", zap.Error(err))
+		return
+	}
+	src.Confirm(low.LSN, proof)
+	seen, cancelSeen := context.WithTimeout(last, 2*time.Second)
+	defer cancelSeen()
+	if err := src.Confirmed(seen); err != nil {
+		r.log.Debug("the slot was not seen to move; the checkpoint has it", zap.Error(err))
+	}
+	r.log.Info("stopped", zap.Stringer("lsn", low.LSN))
+}
+
+func (r *Relay) closeLanes() {
+	for _, l := range r.allLanes() {
+		l.close()
+	}
+}
+
+// waitLanes waits until nothing is in flight, or until ctx ends.
+func (r *Relay) waitLanes(ctx context.Context) {
+	done := make(chan struct{})
+	lanes := r.allLanes()
+	go func() {
+		defer close(done)
+		for _, l := range lanes {
+			l.workers.Wait()
+		}
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+func (r *Relay) allLanes() []*Lane {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]*Lane, 0, len(r.lanes))
+	for _, l := range r.lanes {
+		out = append(out, l)
+	}
+	return out
+}
+
+// tick does what time asks for: spilling, checkpoints, recounts.
+func (r *Relay) tick(ctx context.Context, src Stream) error {
+	every := max(r.cfg.SpillAfter/10, 10*time.Millisecond)
+	spill := time.NewTicker(every)
+	defer spill.Stop()
+	save := time.NewTicker(checkpointEvery)
+	defer save.Stop()
+	recount := time.NewTicker(recountEvery)
+	defer recount.Stop()
+	c := checkpointer{r: r, src: src}
+	w := overflow{r: r, src: src}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-spill.C:
+			r.spill()
+			w.look(ctx)
+			r.wakeLapsed()
+		case <-save.C:
+			if err := c.save(ctx); err != nil {
+				return err
+			}
+		case <-recount.C:
+			r.recount(ctx)
+		}
+	}
+}
+
+// spill parks what has held the watermark for too long. While the buffer is full and stays
+// full it is not as patient.
+func (r *Relay) spill() {
+	r.ledger.Adapt(r.cfg.SpillAfter)
+	oldest := r.ledger.Oldest()
+	if oldest.IsZero() {
+		return
+	}
+	now := time.Now()
+	patience := r.cfg.SpillAfter
+	if full := r.ledger.FullSince(); !full.IsZero() && now.Sub(full) > patience/4 {
+		patience /= 4
+	}
+	if before := now.Add(-patience); oldest.Before(before) {
+		for _, l := range r.allLanes() {
+			l.spill(before)
+		}
+	}
+}
+
+// overflow watches a full buffer. While the machine is the limit it is right to read no faster
+// than we send; where the endpoints are, the WAL would pile up, and their deliveries have to go
+// the slow way.
+type overflow struct {
+	r     *Relay
+	src   Stream
+	next  time.Time
+	full  int // looks at a full buffer since next was set
+	looks int
+	least int64 // of the lag since the buffer filled up
+	armed bool
+}
+
+func (o *overflow) look(ctx context.Context) {
+	now := time.Now()
+	if o.next.IsZero() {
+		o.next = now.Add(time.Second)
+	}
+	o.looks++
+	if !o.r.ledger.FullSince().IsZero() {
+		o.full++
+	}
+	if now.Before(o.next) {
+		return
+	}
+	busy := o.full*2 > o.looks
+	o.next, o.full, o.looks = now.Add(time.Second), 0, 0
+	if !busy {
+		o.armed = false
+		return
+	}
+	lag, err := o.src.Lag(ctx)
+	if err != nil {
+		return
+	}
+	if !o.armed || lag < o.least {
+		o.armed, o.least = true, lag
+		return
+	}
+	if lag > o.least+overflowAfter {
+		o.r.log.Warn("the WAL grows faster than the endpoints take events: their deliveries go through walhook.deliveries", zap.Int64("lag_bytes", lag))
+		for _, l := range o.r.allLanes() {
+			l.overflow()
+		}
+		o.armed = false
+	}
+}
+
+// checkpointer writes the watermark down, at most once a second and not at all while nothing
+// happens.
+type checkpointer struct {
+	r     *Relay
+	src   Stream
+	saved Checkpoint
+	at    time.Time
+}
+
+func (c *checkpointer) save(ctx context.Context) error {
+	r := c.r
+	r.mu.Lock()
+	claimed := r.claimed
+	r.mu.Unlock()
+	if !claimed {
+		return nil
+	}
+	events := r.handedOn.Swap(0)
+	low := r.ledger.Low()
+	moved := int64(low.LSN) - int64(c.saved.LSN)
+	rows := low.Position != c.saved.Position
+	switch {
+	case low == c.saved || low.LSN == 0:
+		return nil
+	case rows || events > 0 || moved >= idleCheckpointBytes:
+	case moved >= idleCheckpointLittle && time.Since(c.at) >= idleCheckpointAfter:
+	default:
+		return nil
+	}
+	save, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	proof, err := r.store.SaveCheckpoint(save, low)
+	if err != nil {
+		if errors.Is(err, ErrFenced) {
+			return err
+		}
+		if ctx.Err() == nil {
+			r.log.Warn("the checkpoint cannot be written, the slot stays where it is", zap.Error(err))
+		}
+		r.handedOn.Add(events)
+		return nil
+	}
+	c.saved, c.at = low, time.Now()
+	c.src.Confirm(low.LSN, proof)
+	return nil
+}
+
+// recount compares what the lanes know with what the store holds.
+func (r *Relay) recount(ctx context.Context) {
+	r.mu.Lock()
+	opened := r.opened
+	r.mu.Unlock()
+	if !opened {
+		return
+	}
+	read, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	backlogs, err := r.store.Backlogs(read)
+	if err != nil {
+		return
+	}
+	byID := map[string]Backlog{}
+	for _, b := range backlogs {
+		byID[b.EndpointID] = b
+		if b.Parked > 0 && b.EndpointID != "" {
+			r.laneByID(b.EndpointID)
+		}
+	}
+	for _, l := range r.allLanes() {
+		l.recount(byID[l.id])
+	}
+	r.metrics.lane("").dead.Store(byID[""].Dead)
+}
+
+// leased tells whether Postgres was heard of lately enough to send anything.
+func (r *Relay) leased() bool {
+	if time.Now().UnixNano()-r.heard.Load() < int64(lease) {
+		return true
+	}
+	r.lapsed.Store(true)
+	return false
+}
+
+func (r *Relay) wakeLapsed() {
+	if r.lapsed.Load() && r.leased() {
+		r.lapsed.Store(false)
+		for _, l := range r.allLanes() {
+			l.kick()
+		}
+	}
+}
+
+func (r *Relay) release(e *Event) {
+	if atomic.AddInt32(&e.refs, -1) == 0 {
+		r.ledger.Release(e)
+	}
+}
+
+// disable stops an endpoint that must not be called again. What is parked for it stays.
+func (r *Relay) disable(ep *Endpoint, why string) {
+	r.disabling.Go(func() {
+		r.log.Warn("endpoint disabled", zap.String("endpoint", ep.ID), zap.String("reason", why))
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := r.cfg.Claims.SetStatus(ctx, ep.ID, Disabled, why); err != nil {
+			r.log.Error("the endpoint's status could not be written: it is disabled until the restart", zap.String("endpoint", ep.ID), zap.Error(err))
+		}
+		r.mu.Lock()
+		eps := make([]*Endpoint, 0, len(r.registry.endpoints))
+		for _, e := range r.registry.endpoints {
+			if e.ID == ep.ID {
+				off := *e
+				off.Status = Disabled
+				e = &off
+			}
+			eps = append(eps, e)
+		}
+		r.mu.Unlock()
+		if err := r.SetEndpoints(eps); err != nil {
+			r.log.Error("disable endpoint", zap.Error(err))
+		}
+	})
+}
+
+// SetEndpoints replaces all endpoints. Those with a known id keep what was learned of them: their
+// lane, their circuit, what is parked. What was parked for an endpoint that is gone dies, where
+// it can be seen and sent again.
+func (r *Relay) SetEndpoints(endpoints []*Endpoint) error {
+	reg, err := NewRegistry(endpoints)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.registry = reg
+	clear(r.routes)
+	var gone []*Lane
+	changed := map[*Lane]*Endpoint{}
+	for id, l := range r.lanes {
+		if ep := reg.Endpoint(id); ep == nil {
+			gone = append(gone, l)
+			delete(r.lanes, id)
+		} else {
+			changed[l] = ep
+		}
+	}
+	r.mu.Unlock()
+	for l, ep := range changed {
+		l.setEndpoint(ep)
+	}
+	for _, l := range gone {
+		r.remove(l)
+	}
+	return nil
+}
+
+// remove ends a lane whose endpoint is gone.
+func (r *Relay) remove(l *Lane) {
+	l.close()
+	r.disabling.Go(func() {
+		l.workers.Wait()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := r.journal.flush(ctx); err == nil {
+			r.bury(ctx, l.id)
+		}
+		r.sender.Forget(l.id)
+		r.metrics.forget(l.id)
+	})
+}
+
+func (r *Relay) bury(ctx context.Context, endpointID string) {
+	n, err := r.store.Bury(ctx, endpointID, ReasonRemoved)
+	switch {
+	case err != nil:
+		r.log.Error("parked deliveries of an endpoint that is gone could not be made dead", zap.String("endpoint", endpointID), zap.Error(err))
+	case n > 0:
+		r.log.Warn("an endpoint is gone; what was parked for it is dead now", zap.String("endpoint", endpointID), zap.Int64("deliveries", n))
+	}
+}
+
+// Resolve checks the columns of every table against its source.
+func (r *Relay) Resolve(tables []cdc.Found) error {
+	for i := range tables {
+		if err := r.cfg.Mapper.Resolve(tables[i].Relation()); err != nil {
+			return &cdc.Fault{State: cdc.Waiting, Config: true, Reason: "the outbox table cannot be read as configured", Err: err}
+		}
+	}
+	if err := r.cfg.Mapper.CheckIDs(); err != nil {
+		return &cdc.Fault{State: cdc.Waiting, Config: true, Reason: "ids of several sources may be equal", Err: err}
+	}
+	return nil
+}
+
+// Checkpoint reads how far the slot is settled.
+func (r *Relay) Checkpoint(ctx context.Context) (cdc.LSN, bool, error) {
+	c, ok, err := r.cfg.Claims.Checkpoint(ctx)
+	return c.LSN, !ok, err
+}
+
+// Claim takes over as the holder of the slot. The first time it opens the lanes with what the
+// store holds for them, so that nothing of the stream overtakes what is parked.
+func (r *Relay) Claim(ctx context.Context, s cdc.Session) (cdc.Resume, error) {
+	c, err := r.cfg.Claims.Claim(ctx, s)
+	if errors.Is(err, ErrFenced) {
+		return cdc.Resume{}, cdc.Halt(err)
+	}
+	if err != nil {
+		return cdc.Resume{}, err
+	}
+	r.Touch()
+	r.ledger.Reset(c)
+	r.mu.Lock()
+	opened := r.opened
+	r.claimed = true
+	r.mu.Unlock()
+	if !opened {
+		if err := r.open(ctx); err != nil {
+			return cdc.Resume{}, err
+		}
+	}
+	return cdc.Resume{LSN: c.LSN, Position: c.Position}, nil
+}
+
+func (r *Relay) open(ctx context.Context) error {
+	backlogs, err := r.store.Backlogs(ctx)
+	if err != nil {
+		return fmt.Errorf("read what is parked: %w", err)
+	}
+	r.mu.Lock()
+	r.opened = true
+	r.backlog = map[string]Backlog{}
+	for _, b := range backlogs {
+		r.backlog[b.EndpointID] = b
+	}
+	r.mu.Unlock()
+	for _, b := range backlogs {
+		switch {
+		case b.EndpointID == "":
+			r.metrics.lane("").dead.Store(b.Dead)
+		case r.laneByID(b.EndpointID) == nil && b.Parked > 0:
+			r.bury(ctx, b.EndpointID)
+		}
+	}
+	return nil
+}
+
+// laneByID finds or makes the lane of an endpoint; nil where there is no such endpoint.
+func (r *Relay) laneByID(id string) *Lane {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if ep := r.registry.Endpoint(id); ep != nil {
+		return r.laneLocked(ep)
+	}
+	return nil
+}
+
+func (r *Relay) laneLocked(ep *Endpoint) *Lane {
+	l := r.lanes[ep.ID]
+	if l == nil {
+		l = newLane(r, ep)
+		r.lanes[ep.ID] = l
+		l.open(r.backlog[ep.ID])
+		delete(r.backlog, ep.ID)
+	}
+	return l
+}
+
+// Touch notes that Postgres was heard of.
+func (r *Relay) Touch() { r.heard.Store(time.Now().UnixNano()) }
+
+// Room is nil while there is room for another event.
+func (r *Relay) Room() <-chan struct{} { return r.ledger.Room() }
+
+// Row maps a row and gives it to the lanes. It never waits.
+func (r *Relay) Row(row *cdc.Row) error {
+	ev, err := r.cfg.Mapper.Map(row)
+	now := time.Now()
+	var unmappable *UnmappableError
+	switch {
+	case errors.As(err, &unmappable):
+		r.buryRow(ev, unmappable, now)
+		return nil
+	case err != nil:
+		return &cdc.Fault{State: cdc.Waiting, Reason: "the rows of the outbox table cannot be read any more", Err: err}
+	case ev == nil:
+		r.ledger.Open(row.Position, 0, now)
+		return nil
+	}
+	lanes := r.lanesFor(ev)
+	r.handedOn.Add(1)
+	if len(lanes) == 0 {
+		r.metrics.unmatched.Inc()
+		r.ledger.Open(ev.Position, 0, now)
+		return nil
+	}
+	r.metrics.routed.Inc()
+	atomic.StoreInt32(&ev.refs, int32(len(lanes)))
+	r.ledger.Hold(ev)
+	sp := r.ledger.Open(ev.Position, len(lanes), now)
+	for _, l := range lanes {
+		l.add(ev, sp, now)
+	}
+	return nil
+}
+
+// buryRow makes one dead delivery of a row that cannot be understood, so that it neither stops
+// the stream nor is lost.
+func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
+	r.log.Warn("a row cannot be mapped: it is a dead delivery now", zap.String("event", ev.ID), zap.Stringer("position", ev.Position), zap.String("reason", why.Reason))
+	r.metrics.unmappable.Inc()
+	r.handedOn.Add(1)
+	atomic.StoreInt32(&ev.refs, 1)
+	r.ledger.Hold(ev)
+	sp := r.ledger.Open(ev.Position, 1, now)
+	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: clip(why.Reason)}
+	r.journal.put(c, func() {
+		r.ledger.Settle(sp)
+		r.release(ev)
+	})
+}
+
+// lanesFor finds who wants an event. The answer is remembered for its tenant and type.
+func (r *Relay) lanesFor(ev *Event) []*Lane {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	to := route{ev.Tenant, ev.Type}
+	lanes, known := r.routes[to]
+	if known {
+		return lanes
+	}
+	if len(r.routes) >= maxRoutes {
+		clear(r.routes)
+	}
+	for _, ep := range r.registry.Match(ev.Tenant, ev.Type) {
+		lanes = append(lanes, r.laneLocked(ep))
+	}
+	r.routes[to] = lanes
+	if len(lanes) == 0 && !r.told[ev.Type] && len(r.told) < maxTold {
+		r.told[ev.Type] = true
+		r.log.Info("no endpoint wants events of this type; they are counted and done", zap.String("type", ev.Type))
+	}
+	return lanes
+}
+
+// Commit closes a transaction.
+func (r *Relay) Commit(end cdc.LSN) { r.ledger.Close(end) }
+
+// Idle says that nothing below at is missing.
+func (r *Relay) Idle(at cdc.LSN) { r.ledger.Close(at) }
+
+// Buffer tells how many events, and bytes of them, are in memory.
+func (r *Relay) Buffer() (events, bytes int64) { return r.ledger.Held() }
+
+// Stuck is for how long the row at the watermark has been owed.
+func (r *Relay) Stuck() time.Duration {
+	if oldest := r.ledger.Oldest(); !oldest.IsZero() {
+		return time.Since(oldest)
+	}
+	return 0
+}
+
+// Low is the watermark.
+func (r *Relay) Low() Checkpoint { return r.ledger.Low() }
+
+// Fault is why nothing can be parked now; nil where nothing is known against it.
+func (r *Relay) Fault() error { return r.journal.err() }

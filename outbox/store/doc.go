@@ -1,0 +1,28 @@
+// Package store keeps the schema walhook: what is parked or dead, how far the slot is settled,
+// and the migrations that make its tables. All SQL on that schema is here.
+//
+// # Promises
+//
+//   - What goes in comes out byte for byte, also what Postgres' text and json do not take.
+//   - A write that returned nil is durable, whatever synchronous_commit the role, the database
+//     or the server has. A write that returned an error may have been applied: its answer can
+//     get lost. Doing it again does no harm.
+//   - A write is one transaction and one round trip, however many changes it has.
+//   - A write of a holder whose slot another instance has taken since changes nothing and fails
+//     with outbox.ErrFenced. Who takes the slot waits for the writes that were before it.
+//   - An event stays as long as one delivery needs it, whoever writes at the same time: another
+//     lane, another instance, a command.
+//   - No read is longer than what it returns: each follows an index from its first row on,
+//     whatever the planner's statistics say. Backlogs alone counts, in indexes.
+//   - It works through a transaction pooler: nothing depends on the session.
+//
+// It starts no goroutine but the pool's, and needs no Postgres to be opened.
+//
+// # States
+//
+//	(no row) ──insert──► parked ──► sending ──► (no row: delivered, discarded)
+//	                       ▲  ▲        │
+//	                       │  └────────┤ retry, or the holder died
+//	                       │           ▼
+//	                       └─operator─ dead
+package store

@@ -1,0 +1,727 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"go.uber.org/zap/zaptest"
+
+	"github.com/walhook/walhook/cdc"
+	"github.com/walhook/walhook/cdc/pgtest"
+	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/outbox/outboxtest"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// bundle is a store on a database of its own.
+type bundle struct {
+	*Store
+	t      testing.TB
+	url    string
+	system string
+}
+
+// setup gives a store that holds its slot.
+func setup(t testing.TB) *bundle {
+	t.Helper()
+	b := empty(t, pgtest.DB(t))
+	require.NoError(t, b.Migrate(t.Context()))
+	_, err := b.Claim(t.Context(), b.system, 100)
+	require.NoError(t, err)
+	return b
+}
+
+// empty gives a store without its schema.
+func empty(t testing.TB, address string) *bundle {
+	t.Helper()
+	b := &bundle{Store: open(t, address, "walhook", "default"), t: t, url: address}
+	b.query("select system_identifier::text from pg_control_system()", &b.system)
+	return b
+}
+
+func open(t testing.TB, address, slot, instance string) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), Config{
+		URL: func() (string, error) { return address, nil }, Slot: slot, Instance: instance,
+		Logger: zaptest.NewLogger(t),
+	})
+	require.NoError(t, err)
+	t.Cleanup(s.Close)
+	return s
+}
+
+func (b *bundle) exec(sql string) { b.t.Helper(); pgtest.Exec(b.t, b.url, sql) }
+
+func (b *bundle) query(sql string, into ...any) {
+	b.t.Helper()
+	conn, err := pgx.Connect(b.t.Context(), b.url)
+	require.NoError(b.t, err)
+	defer conn.Close(context.Background())
+	require.NoError(b.t, conn.QueryRow(b.t.Context(), sql).Scan(into...))
+}
+
+func (b *bundle) count(table string) (n int) {
+	b.t.Helper()
+	b.query("select count(*) from walhook."+table, &n)
+	return n
+}
+
+func park(n int) outbox.Change { return outboxtest.Park("a", outboxtest.Event(n, "")) }
+
+func gone(n int) outbox.Change {
+	return outboxtest.Move("a", outboxtest.Event(n, ""), outbox.StateGone)
+}
+
+func TestSuite(t *testing.T) {
+	outboxtest.Suite(t, func(t *testing.T) outbox.Store { return setup(t).Store })
+}
+
+func TestOpenNeedsNoPostgres(t *testing.T) {
+	s := open(t, "postgres://nobody@127.0.0.1:1/none?connect_timeout=1", "walhook", "default")
+	err := s.Write(t.Context(), []outbox.Change{park(1)})
+	require.ErrorContains(t, err, "write deliveries: connect: ")
+	_, err = Open(t.Context(), Config{URL: func() (string, error) { return "", os.ErrNotExist }})
+	require.ErrorIs(t, err, os.ErrNotExist)
+	_, err = Open(t.Context(), Config{URL: func() (string, error) { return "postgres://user:secret@host:port/", nil }})
+	require.Error(t, err)
+	require.NotContains(t, err.Error(), "secret")
+}
+
+func TestEachConnectReadsTheURLAnew(t *testing.T) {
+	good := pgtest.DB(t)
+	address := "postgres://nobody@127.0.0.1:1/none"
+	s, err := Open(t.Context(), Config{URL: func() (string, error) { return address, nil }, Slot: "walhook"})
+	require.NoError(t, err)
+	defer s.Close()
+	_, err = s.LoadEndpointStates(t.Context())
+	require.ErrorContains(t, err, "connect")
+	address = good
+	require.NoError(t, s.Migrate(t.Context()))
+}
+
+// The role of a walhook often has settings of its own, and so has the database of a strange app.
+func TestSettingsOfTheRoleDoNotMatter(t *testing.T) {
+	b := empty(t, pgtest.DB(t))
+	var name string
+	b.query("select quote_ident(current_database())", &name)
+	for _, setting := range []string{
+		"synchronous_commit = off", "default_transaction_isolation = 'serializable'", "default_transaction_read_only = off",
+		"timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'", "search_path = ''", "client_encoding = 'LATIN1'",
+		"statement_timeout = '20min'", "enable_indexscan = on", "bytea_output = 'escape'", "plan_cache_mode = force_generic_plan",
+	} {
+		b.exec("alter database " + name + " set " + setting)
+	}
+	outboxtest.Suite(t, func(t *testing.T) outbox.Store {
+		b.exec("drop schema if exists walhook cascade")
+		s := open(t, b.url, "walhook", "default")
+		require.NoError(t, s.Migrate(t.Context()))
+		_, err := s.Claim(t.Context(), b.system, 100)
+		require.NoError(t, err)
+		return s
+	})
+}
+
+func TestReadOnlyByDefaultIsWritten(t *testing.T) {
+	b := setup(t)
+	var name string
+	b.query("select quote_ident(current_database())", &name)
+	b.exec("alter database " + name + " set default_transaction_read_only = on")
+	// Not a session that we may choose: target_session_attrs would refuse it.
+	s := open(t, b.url+sep(b.url)+"target_session_attrs=any", "walhook", "default")
+	_, err := s.LoadEndpointStates(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, s.SaveEndpointState(t.Context(), EndpointState{EndpointID: "a", Since: time.Now()}))
+}
+
+func sep(address string) string {
+	if strings.Contains(address, "?") {
+		return "&"
+	}
+	return "?"
+}
+
+func TestParkingIsDurableWhateverTheDefault(t *testing.T) {
+	b := setup(t)
+	var got, isolation string
+	read := step{what: "look", sql: "select current_setting('synchronous_commit'), current_setting('transaction_isolation')", row: func(r pgx.Rows) error {
+		return r.Scan(&got, &isolation)
+	}}
+	require.NoError(t, b.held(t.Context(), []step{read}))
+	require.Equal(t, "on", got)
+	require.Equal(t, "read committed", isolation)
+}
+
+// A database whose encoding has no ☃, and a peer that answers with one.
+func TestDatabaseOfAnotherEncoding(t *testing.T) {
+	server := pgtest.DB(t)
+	name := "walhook_latin1_" + strconv.Itoa(os.Getpid())
+	pgtest.Exec(t, server, "create database "+name+" encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0")
+	t.Cleanup(func() { pgtest.Exec(t, server, "drop database "+name+" with (force)") })
+	address, err := url.Parse(server)
+	require.NoError(t, err)
+	address.Path = "/" + name
+	b := empty(t, address.String())
+	require.NoError(t, b.Migrate(t.Context()))
+	_, err = b.Claim(t.Context(), b.system, 100)
+	require.NoError(t, err)
+
+	c := outboxtest.Park("a", outboxtest.Event(1, "clé"))
+	c.Event.Data, c.Event.Headers = []byte(`"snow ☃"`), []byte(`{"é":"☃"}`)
+	c.Detail = "says ☃"
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{c}))
+	rows, _, err := b.ScanKey(t.Context(), "a", "clé", cdc.Position{}, 10, 1000)
+	require.NoError(t, err)
+	require.Equal(t, c.Event.Data, rows[0].Event.Data)
+	require.Equal(t, c.Event.Headers, rows[0].Event.Headers)
+	require.Equal(t, "clé", rows[0].Event.Key)
+	var detail string
+	b.query("select last_error from walhook.deliveries", &detail)
+	require.Equal(t, "says ?", detail)
+}
+
+func TestPeersTextIsShortened(t *testing.T) {
+	b := setup(t)
+	c := park(1)
+	c.Detail = strings.Repeat("é", 5000)
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{c}))
+	var detail string
+	b.query("select last_error from walhook.deliveries", &detail)
+	require.Equal(t, strings.Repeat("é", detailLimit/2), detail)
+}
+
+// The tables are a supported way to look.
+func TestTablesReadWell(t *testing.T) {
+	b := setup(t)
+	c := outboxtest.Park("a", outboxtest.Event(1, "k"))
+	c.Event.Headers = []byte(`{"a": 1}`)
+	c.Attempts, c.Status, c.Detail, c.Reason, c.Due = 2, 503, "try later", outbox.ReasonStatus, c.Event.Time
+	bad := outboxtest.Park("", outboxtest.Event(2, ""))
+	bad.State, bad.Reason, bad.Event.Data, bad.Due = outbox.StateDead, outbox.ReasonUnmappable, []byte{0xff}, c.Event.Time
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{c, bad}))
+
+	var got string
+	b.query(`
+		select string_agg(concat_ws('|', coalesce(endpoint_id, 'null'), event_id, state, reason, attempts, coalesce(next_attempt_at::text, 'null'),
+			coalesce(last_status::text, 'null'), coalesce(last_error, 'null'), commit_lsn, ordinal), e'\n' order by id)
+		from walhook.deliveries, lateral set_config('timezone', 'UTC', false)`, &got)
+	require.Equal(t, ""+
+		"a|evt_1|parked|status|2|2026-02-03 12:00:01.123456+00|503|try later|1/0|2\n"+
+		"null|evt_2|dead|unmappable|0|null|null|null|1/0|3", got)
+	b.query(`
+		select string_agg(concat_ws('|', id, type, key, tenant, headers, coalesce(data, 'null'), coalesce(raw::text, 'null'), bytes), e'\n' order by id)
+		from walhook.events`, &got)
+	require.Equal(t, ""+
+		`evt_1|order.created|k||{"a": 1}|{"n": 1}|null|16`+"\n"+
+		`evt_2|order.created|||null|\xff|1`, got)
+
+	// An attempt that is begun has met nothing yet; a dead delivery that is sent again, neither.
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{outboxtest.Move("a", c.Event, outbox.StateSending)}))
+	b.query("select concat_ws('|', state, reason, last_status, last_error) from walhook.deliveries where endpoint_id = 'a'", &got)
+	require.Equal(t, "sending|status|503|try later", got)
+	timeout := outboxtest.Move("a", c.Event, outbox.StateParked)
+	timeout.Reason, timeout.Detail = outbox.ReasonTimeout, "no answer in 15s"
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{timeout}))
+	b.query("select concat_ws('|', state, reason, coalesce(last_status::text, 'null'), last_error) from walhook.deliveries where endpoint_id = 'a'", &got)
+	require.Equal(t, "parked|timeout|null|no answer in 15s", got)
+}
+
+func TestSecondHolderFencesTheFirst(t *testing.T) {
+	b := setup(t)
+	sending := park(1)
+	sending.State = outbox.StateSending
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{sending, park(2)}))
+	_, err := b.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: 200, Position: cdc.Position{Commit: 210, Ordinal: 3}})
+	require.NoError(t, err)
+
+	other := open(t, b.url, "walhook", "default")
+	require.ErrorIs(t, other.Write(t.Context(), []outbox.Change{park(3)}), outbox.ErrFenced, "it has not claimed yet")
+	claimed, err := other.Claim(t.Context(), b.system, 999)
+	require.NoError(t, err)
+	require.False(t, claimed.First)
+	require.Equal(t, outbox.Checkpoint{LSN: 200, Position: cdc.Position{Commit: 210, Ordinal: 3}}, claimed.Checkpoint)
+	require.EqualValues(t, 2, claimed.Epoch)
+	require.EqualValues(t, 1, claimed.Parked)
+	require.WithinDuration(t, time.Now(), claimed.UpdatedAt, time.Minute)
+
+	require.ErrorIs(t, b.Write(t.Context(), []outbox.Change{park(4), gone(1)}), outbox.ErrFenced)
+	_, err = b.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: 300})
+	require.ErrorIs(t, err, outbox.ErrFenced)
+	_, err = b.Bury(t.Context(), "a", outbox.ReasonRemoved)
+	require.ErrorIs(t, err, outbox.ErrFenced)
+
+	rows, _, err := other.Scan(t.Context(), "a", cdc.Position{}, nil, 10, 1000)
+	require.NoError(t, err)
+	require.Len(t, rows, 2)
+	saved, ok, err := other.Checkpoint(t.Context())
+	require.NoError(t, err)
+	require.True(t, ok)
+	require.EqualValues(t, 200, saved.LSN)
+	require.NoError(t, other.Write(t.Context(), []outbox.Change{park(5)}))
+}
+
+// A write that has begun is either seen by the new holder or fenced, never applied behind its back.
+func TestClaimWaitsForTheWriteBeforeIt(t *testing.T) {
+	b := setup(t)
+	tx, err := b.pool.Begin(t.Context())
+	require.NoError(t, err)
+	_, err = tx.Exec(t.Context(), hold, "walhook", b.epoch.Load())
+	require.NoError(t, err)
+
+	other := open(t, b.url, "walhook", "default")
+	done := make(chan error, 1)
+	go func() {
+		_, err := other.Claim(t.Context(), b.system, 1)
+		done <- err
+	}()
+	b.awaitLockWait()
+	require.Empty(t, done)
+	require.NoError(t, tx.Commit(t.Context()))
+	require.NoError(t, <-done)
+}
+
+// awaitLockWait returns once a session of this database waits for a lock.
+func (b *bundle) awaitLockWait() {
+	b.t.Helper()
+	conn, err := pgx.Connect(b.t.Context(), b.url)
+	require.NoError(b.t, err)
+	defer conn.Close(context.Background())
+	const waiting = `select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`
+	for n := 0; n == 0; {
+		require.NoError(b.t, conn.QueryRow(b.t.Context(), waiting).Scan(&n))
+	}
+}
+
+func TestFirstClaimMakesTheCheckpoint(t *testing.T) {
+	b := empty(t, pgtest.DB(t))
+	require.NoError(t, b.Migrate(t.Context()))
+	_, ok, err := b.Checkpoint(t.Context())
+	require.NoError(t, err)
+	require.False(t, ok)
+	claimed, err := b.Claim(t.Context(), b.system, 0x16B374D848)
+	require.NoError(t, err)
+	require.True(t, claimed.First)
+	require.EqualValues(t, 1, claimed.Epoch)
+	require.EqualValues(t, 0x16B374D848, claimed.LSN)
+	saved, ok, err := b.Checkpoint(t.Context())
+	require.NoError(t, err)
+	require.True(t, ok)
+	require.Equal(t, claimed.Saved, saved)
+}
+
+func TestCopyOfTheDatabaseIsNotTakenOver(t *testing.T) {
+	here := func(b *bundle) (database string) {
+		b.query("select current_database()", &database)
+		return database
+	}
+	for name, c := range map[string]struct {
+		change string // what makes it a copy
+		slot   string
+		first  bool // the slot begins anew once it is adopted
+	}{
+		"another cluster":          {"update walhook.checkpoints set system_identifier = '42'", "walhook", true},
+		"another database":         {"update walhook.checkpoints set database = 'it''s'", "walhook", true},
+		"another instance":         {"update walhook.checkpoints set instance = 'production'", "walhook", false},
+		"another name of slot":     {"update walhook.checkpoints set system_identifier = '42'", "staging", true},
+		"slot and instance differ": {"update walhook.checkpoints set instance = 'production'", "staging", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := setup(t)
+			b.exec(c.change)
+			s := open(t, b.url, c.slot, "it's mine")
+			b.exec("update walhook.checkpoints set instance = 'it''s mine' where instance = 'default'")
+			_, err := s.Claim(t.Context(), b.system, 555)
+			var copied *CopyError
+			require.ErrorAs(t, err, &copied)
+			require.Equal(t, "walhook", copied.Slot)
+			require.Equal(t, Identity{b.system, here(b), "it's mine"}, copied.Here)
+			require.NotEqual(t, copied.Here, copied.Stored)
+			require.ErrorContains(t, err, copied.AdoptSQL())
+			require.ErrorIs(t, s.Write(t.Context(), []outbox.Change{park(1)}), outbox.ErrFenced)
+			require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}), "nothing was changed")
+
+			b.exec(copied.AdoptSQL())
+			claimed, err := s.Claim(t.Context(), b.system, 555)
+			require.NoError(t, err)
+			require.Equal(t, c.first, claimed.First)
+			require.NoError(t, s.Write(t.Context(), []outbox.Change{park(2)}))
+		})
+	}
+}
+
+func TestSlotOfAnotherClusterIsRefused(t *testing.T) {
+	b := setup(t)
+	_, err := b.Claim(t.Context(), "4711", 1)
+	require.ErrorIs(t, err, ErrOtherServer)
+	var copied *CopyError
+	require.False(t, errors.As(err, &copied))
+}
+
+// FAULTS 2.5: the slot may be told once the stream has passed the proof, and it must get there.
+func TestProofIsBehindTheCommitAndOnDisk(t *testing.T) {
+	b := setup(t)
+	conn, err := pgx.Connect(t.Context(), b.url)
+	require.NoError(t, err)
+	defer conn.Close(context.Background())
+	for n := range 300 {
+		var before, flushed string
+		require.NoError(t, conn.QueryRow(t.Context(), "select pg_current_wal_insert_lsn()::text").Scan(&before))
+		proof, err := b.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: cdc.LSN(100 + n)})
+		require.NoError(t, err)
+		require.NoError(t, conn.QueryRow(t.Context(), "select pg_current_wal_flush_lsn()::text").Scan(&flushed))
+		least, err := cdc.ParseLSN(before)
+		require.NoError(t, err)
+		most, err := cdc.ParseLSN(flushed)
+		require.NoError(t, err)
+		require.Greater(t, proof, least)
+		require.LessOrEqual(t, proof, most, "an idle server never sends more")
+	}
+}
+
+// FAULTS 3.2: what is recorded had ended below the checkpoint, also while others run on.
+func TestSnapshotIsOlderThanItsCheckpoint(t *testing.T) {
+	b := setup(t)
+	xmin := func() uint64 {
+		t.Helper()
+		saved, _, err := b.Checkpoint(t.Context())
+		require.NoError(t, err)
+		return saved.SnapXmin
+	}
+	save := func(lsn cdc.LSN) cdc.LSN {
+		t.Helper()
+		proof, err := b.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: lsn})
+		require.NoError(t, err)
+		return proof
+	}
+	conn, err := pgx.Connect(t.Context(), b.url)
+	require.NoError(t, err)
+	defer conn.Close(context.Background())
+	tx, err := conn.Begin(t.Context())
+	require.NoError(t, err)
+	var open uint64
+	require.NoError(t, tx.QueryRow(t.Context(), "select pg_current_xact_id()::text::numeric").Scan(&open))
+
+	end := save(100) // takes the first sample
+	require.Zero(t, xmin())
+	save(101)
+	require.Zero(t, xmin(), "the sample's position is not settled yet")
+	end = save(end + 1<<20)
+	first := xmin()
+	require.NotZero(t, first)
+	require.LessOrEqual(t, first, open, "the open transaction had not ended")
+	require.NoError(t, tx.Commit(t.Context()))
+	end = save(end + 1<<20)
+	save(end + 1<<20)
+	require.Greater(t, xmin(), open)
+
+	_, err = b.Claim(t.Context(), b.system, 1)
+	require.NoError(t, err)
+	last := xmin()
+	save(end + 1<<30)
+	require.Equal(t, last, xmin(), "a sample of the claim before says nothing")
+}
+
+// One endpoint gets rid of an event in the moment in which another needs it.
+func TestEventSurvivesWhileOthersWrite(t *testing.T) {
+	b := setup(t)
+	const endpoints, rounds, events = 4, 60, 5
+	var group sync.WaitGroup
+	for e := range endpoints {
+		group.Go(func() {
+			name := "endpoint " + strconv.Itoa(e)
+			for range rounds {
+				var in, out []outbox.Change
+				for n := range events {
+					c := outboxtest.Park(name, outboxtest.Event(n, ""))
+					in = append(in, c)
+					c.State, c.Insert = outbox.StateGone, false
+					out = append(out, c)
+				}
+				if err := b.Write(t.Context(), in); err != nil {
+					t.Error(err)
+				}
+				rows, _, err := b.Scan(t.Context(), name, cdc.Position{}, nil, 100, 1<<20)
+				if err != nil || len(rows) != events {
+					t.Errorf("%d of %d parked deliveries have their event: %v", len(rows), events, err)
+				}
+				if err := b.Write(t.Context(), out); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	require.Zero(t, b.count("deliveries"))
+	require.Zero(t, b.count("events"), "whoever was last removed it")
+}
+
+// Two writes that lock the same events in opposite order: Postgres ends one, which is begun again.
+func TestDeadlockIsTriedAgain(t *testing.T) {
+	b := setup(t)
+	both := func(endpoint string, in, out int) []outbox.Change {
+		return []outbox.Change{
+			outboxtest.Park(endpoint, outboxtest.Event(in, "")),
+			outboxtest.Move(endpoint, outboxtest.Event(out, ""), outbox.StateGone),
+		}
+	}
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{
+		outboxtest.Park("a", outboxtest.Event(1, "")), outboxtest.Park("b", outboxtest.Event(2, "")),
+		outboxtest.Park("c", outboxtest.Event(1, "")), outboxtest.Park("c", outboxtest.Event(2, "")),
+	}))
+	// We hold event 2 and then want event 1, as b's write holds 1 and wants 2.
+	tx, err := b.pool.Begin(t.Context())
+	require.NoError(t, err)
+	_, err = tx.Exec(t.Context(), "set local deadlock_timeout = '1h'")
+	require.NoError(t, err)
+	_, err = tx.Exec(t.Context(), lockEvents, []string{"evt_2"})
+	require.NoError(t, err)
+	done := make(chan error, 1)
+	go func() { done <- b.Write(t.Context(), both("b", 1, 2)) }()
+	b.awaitLockWait()
+	_, err = tx.Exec(t.Context(), lockEvents, []string{"evt_1"})
+	require.NoError(t, err, "the other was ended")
+	require.NoError(t, tx.Commit(t.Context()))
+	require.NoError(t, <-done)
+	rows, _, err := b.Scan(t.Context(), "b", cdc.Position{}, nil, 10, 1000)
+	require.NoError(t, err)
+	require.Len(t, rows, 1)
+	require.Equal(t, "evt_1", rows[0].Event.ID)
+}
+
+// FAULTS 77: it fails as long as the table cannot be written, and goes on afterwards.
+func TestFailedWriteCanBeDoneAgain(t *testing.T) {
+	b := setup(t)
+	b.exec("alter table walhook.deliveries rename to away")
+	err := b.Write(t.Context(), []outbox.Change{park(1)})
+	var refused *pgconn.PgError
+	require.ErrorAs(t, err, &refused)
+	require.Equal(t, "42P01", refused.Code)
+	require.ErrorContains(t, err, "write deliveries: ")
+	require.Zero(t, b.count("events"), "all or nothing")
+	b.exec("alter table walhook.away rename to deliveries")
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}))
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}), "as after an answer that was lost")
+	require.Equal(t, 1, b.count("deliveries"))
+
+	b.exec("alter table walhook.deliveries add constraint no_two check (event_id <> 'evt_2')")
+	require.ErrorContains(t, b.Write(t.Context(), []outbox.Change{park(3), park(2)}), "write deliveries: insert deliveries: ")
+	require.Equal(t, 1, b.count("deliveries"))
+	require.Equal(t, 1, b.count("events"))
+	require.EqualValues(t, 1, b.pool.Stat().TotalConns(), "the connection is kept")
+}
+
+func TestServerRestartIsSurvived(t *testing.T) {
+	b := setup(t)
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}))
+	b.exec("select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name = 'walhook'")
+	// The first call may meet a connection that is dead already; the next one has a new one.
+	if err := b.Write(t.Context(), []outbox.Change{park(2)}); err != nil {
+		require.NoError(t, b.Write(t.Context(), []outbox.Change{park(2)}))
+	}
+	require.Equal(t, 2, b.count("deliveries"))
+}
+
+func TestBuryTakesMoreThanABatch(t *testing.T) {
+	b := setup(t)
+	var changes []outbox.Change
+	for n := range buryBatch + 7 {
+		c := park(n)
+		c.Event.Position.Commit = 77 // many share one position
+		c.Event.Position.Ordinal = uint64(n / 5)
+		changes = append(changes, c)
+	}
+	require.NoError(t, b.Write(t.Context(), changes))
+	n, err := b.Bury(t.Context(), "a", outbox.ReasonRemoved)
+	require.NoError(t, err)
+	require.EqualValues(t, len(changes), n)
+	all, err := b.Backlogs(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, []outbox.Backlog{{EndpointID: "a", Dead: int64(len(changes))}}, all)
+}
+
+func TestGCRemovesWhatHandsLeftBehind(t *testing.T) {
+	b := setup(t)
+	var changes []outbox.Change
+	for n := range 2*gcBatch + 300 {
+		changes = append(changes, park(n))
+	}
+	require.NoError(t, b.Write(t.Context(), changes))
+	n, err := b.GC(t.Context())
+	require.NoError(t, err)
+	require.Zero(t, n)
+	b.exec("delete from walhook.deliveries where ordinal <> 4")
+	n, err = b.GC(t.Context())
+	require.NoError(t, err)
+	require.EqualValues(t, len(changes)*9/10, n)
+	require.Equal(t, b.count("deliveries"), b.count("events"))
+	n, err = b.GC(t.Context())
+	require.NoError(t, err)
+	require.Zero(t, n)
+}
+
+// An event that was deleted by hand must not stop what is behind it.
+func TestDeliveryWithoutEventIsPassedOver(t *testing.T) {
+	b := setup(t)
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1), park(2), park(3)}))
+	b.exec("delete from walhook.events where id in ('evt_1', 'evt_2')")
+	rows, more, err := b.Scan(t.Context(), "a", cdc.Position{}, nil, 1, 1000)
+	require.NoError(t, err)
+	require.False(t, more)
+	require.Equal(t, "evt_3", rows[0].Event.ID)
+}
+
+func TestEndpointStatesOutliveRestarts(t *testing.T) {
+	b := setup(t)
+	since := time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC)
+	want := []EndpointState{
+		{"a", outbox.Disabled, "answered 410", since},
+		{"b", outbox.Paused, "", since},
+	}
+	for _, e := range []EndpointState{want[1], {"a", outbox.Paused, "x\x00", time.Now()}, want[0], {"c", outbox.Disabled, "", since}} {
+		require.NoError(t, b.SaveEndpointState(t.Context(), e))
+	}
+	require.NoError(t, b.DeleteEndpointState(t.Context(), "c"))
+	require.NoError(t, b.DeleteEndpointState(t.Context(), "never was"))
+	got, err := open(t, b.url, "walhook", "default").LoadEndpointStates(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+}
+
+func TestInstancesThatStartAtOnceMigrateOnce(t *testing.T) {
+	address := pgtest.DB(t)
+	var group sync.WaitGroup
+	for range 5 {
+		s := open(t, address, "walhook", "default")
+		group.Go(func() {
+			if err := s.Migrate(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	b := empty(t, address)
+	require.Equal(t, SchemaVersion(), b.count("schema_migrations"))
+}
+
+func TestNewerSchemaIsRefused(t *testing.T) {
+	b := setup(t)
+	b.exec("insert into walhook.schema_migrations values (4711)")
+	err := b.Migrate(t.Context())
+	require.ErrorIs(t, err, ErrNewerSchema)
+	require.ErrorContains(t, err, "version 4711, this program at "+strconv.Itoa(SchemaVersion()))
+}
+
+// A DBA runs the SQL; the role that walhook runs as may create nothing.
+func TestRoleThatOwnsNothingCanWork(t *testing.T) {
+	b := empty(t, pgtest.DB(t))
+	role := fmt.Sprintf("walhook \"test\" %d", os.Getpid())
+	quoted := pgx.Identifier{role}.Sanitize()
+	b.exec("create role " + quoted + " login")
+	t.Cleanup(func() {
+		b.exec("drop owned by " + quoted)
+		b.exec("drop role " + quoted)
+	})
+	address, err := url.Parse(b.url)
+	require.NoError(t, err)
+	address.User = url.User(role)
+	s := open(t, address.String(), "walhook", "default")
+	require.ErrorContains(t, s.Migrate(t.Context()), "migrate schema walhook: create schema: ERROR: permission denied")
+
+	b.exec(SetupSQL())
+	b.exec(SetupSQL()) // does nothing more
+	b.exec(GrantSQL(role))
+	require.NoError(t, s.Migrate(t.Context()))
+	_, err = s.Claim(t.Context(), b.system, 1)
+	require.NoError(t, err)
+	c := park(1)
+	require.NoError(t, s.Write(t.Context(), []outbox.Change{c}))
+	c.Insert, c.State = false, outbox.StateDead
+	require.NoError(t, s.Write(t.Context(), []outbox.Change{c}))
+	require.NoError(t, s.Write(t.Context(), []outbox.Change{gone(1)}))
+	_, err = s.Bury(t.Context(), "a", outbox.ReasonRemoved)
+	require.NoError(t, err)
+	_, err = s.Backlogs(t.Context())
+	require.NoError(t, err)
+	_, err = s.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: 2})
+	require.NoError(t, err)
+	_, err = s.GC(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, s.SaveEndpointState(t.Context(), EndpointState{EndpointID: "a", Since: time.Now()}))
+}
+
+// A DBA made the schema for the role, and nothing in it.
+func TestSchemaWithoutTablesIsFilled(t *testing.T) {
+	b := empty(t, pgtest.DB(t))
+	role := "walhook_test_owner_" + strconv.Itoa(os.Getpid())
+	b.exec("create role " + role + " login; create schema walhook authorization " + role)
+	t.Cleanup(func() {
+		b.exec("drop owned by " + role + "; drop role " + role)
+	})
+	address, err := url.Parse(b.url)
+	require.NoError(t, err)
+	address.User = url.User(role)
+	require.NoError(t, open(t, address.String(), "walhook", "default").Migrate(t.Context()))
+}
+
+// describe is the schema as Postgres sees it.
+const describe = `
+select string_agg(line, e'\n' order by sort, line)
+from (
+	select c.relname || ' 1 ' || lpad(a.attnum::text, 2) as sort, c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
+		|| coalesce(' collate ' || nullif(l.collname, 'default'), '') || case when a.attnotnull then ' not null' else '' end
+		|| coalesce(' default ' || pg_get_expr(d.adbin, d.adrelid), '') || case a.attidentity when 'd' then ' identity' else '' end as line
+	from pg_class c
+	join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+	left join pg_attrdef d on d.adrelid = c.oid and d.adnum = a.attnum
+	left join pg_collation l on l.oid = a.attcollation
+	where c.relnamespace = 'walhook'::regnamespace and c.relkind = 'r'
+	union all
+	select r.relname || ' 2', r.relname || ': ' || pg_get_constraintdef(o.oid)
+	from pg_constraint o join pg_class r on r.oid = o.conrelid
+	where o.connamespace = 'walhook'::regnamespace and o.contype in ('p', 'u', 'c', 'f')
+	union all
+	select r.relname || ' 3', pg_get_indexdef(i.indexrelid)
+	from pg_index i join pg_class r on r.oid = i.indrelid
+	where r.relnamespace = 'walhook'::regnamespace
+	union all
+	select relname || ' 4', relname || ' with (' || array_to_string(reloptions, ', ') || ')'
+	from pg_class where relnamespace = 'walhook'::regnamespace and relkind = 'r' and reloptions is not null
+	union all
+	select '~', pg_get_functiondef(oid) from pg_proc where pronamespace = 'walhook'::regnamespace
+) lines`
+
+func TestSchemaIsTheGoldenOne(t *testing.T) {
+	b := setup(t)
+	var got string
+	b.query(describe, &got)
+	golden := filepath.Join("testdata", "schema.golden")
+	if *update {
+		require.NoError(t, os.MkdirAll("testdata", 0o755))
+		require.NoError(t, os.WriteFile(golden, []byte(got+"\n"), 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	require.NoError(t, err)
+	require.Equal(t, string(want), got+"\n", "go test -run TestSchemaIsTheGoldenOne -update rewrites it")
+
+	other := empty(t, pgtest.DB(t))
+	other.exec(SetupSQL())
+	var setup string
+	other.query(describe, &setup)
+	require.Equal(t, got, setup, "what a DBA runs makes the same")
+}

@@ -1,0 +1,272 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+// A statement takes at most so many rows and bytes of content, so that neither the message nor
+// an array in the server's memory gets large. A Write of more has more statements, in the same
+// transaction and round trip.
+const (
+	chunkRows  = 4000
+	chunkBytes = 8 << 20
+)
+
+// Write applies the changes in one durable transaction. They name each endpoint and event at
+// most once, so their order among each other is of no consequence but for the new rows' ids.
+func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	var inserts, updates, gone []outbox.Change
+	contents := map[string]*outbox.Event{}
+	for _, c := range changes {
+		switch {
+		case c.State == outbox.StateGone: // also of a new one: an earlier write of it may have been applied
+			gone = append(gone, c)
+		case c.Insert:
+			inserts = append(inserts, c)
+			if id := clean(c.Event.ID); contents[id] == nil {
+				contents[id] = c.Event
+			}
+		default:
+			updates = append(updates, c)
+		}
+	}
+	ascii := s.asciiOnly.Load()
+	var steps []step
+	// In the order of their ids, as they are locked when they are removed.
+	events := make([]*outbox.Event, 0, len(contents))
+	for _, id := range slices.Sorted(maps.Keys(contents)) {
+		events = append(events, contents[id])
+	}
+	for part := range chunks(events, contentSize) {
+		steps = append(steps, insertEventsStep(part, ascii))
+	}
+	for part := range chunks(inserts, rowSize) {
+		steps = append(steps, insertDeliveriesStep(part, ascii))
+	}
+	for part := range chunks(updates, rowSize) {
+		steps = append(steps, updateDeliveriesStep(part, ascii))
+	}
+	steps = append(steps, removeSteps(gone)...)
+	if err := s.held(ctx, steps); err != nil {
+		return fmt.Errorf("write deliveries: %w", err)
+	}
+	return nil
+}
+
+func contentSize(e *outbox.Event) int { return len(e.Headers) + len(e.Data) }
+
+func rowSize(outbox.Change) int { return 0 }
+
+// chunks cuts all into parts of at most chunkRows and, beyond a part's first, chunkBytes.
+func chunks[E any](all []E, size func(E) int) func(yield func([]E) bool) {
+	return func(yield func([]E) bool) {
+		for len(all) > 0 {
+			n, sum := 1, size(all[0])
+			for n < len(all) && n < chunkRows && sum+size(all[n]) <= chunkBytes {
+				sum += size(all[n])
+				n++
+			}
+			if !yield(all[:n]) {
+				return
+			}
+			all = all[n:]
+		}
+	}
+}
+
+// An event that is there already is not changed but locked, so that whoever removes the last
+// delivery of it meanwhile waits, and then sees ours.
+const insertEvents = `
+insert into walhook.events
+	(id, type, key, tenant, time, headers, headers_raw, data, raw, is_json, bytes, commit_lsn, ordinal, committed_at)
+select
+	c.id, c.type, c.key, c.tenant, c.time, c.headers::json, c.headers_raw, c.data, c.raw, c.is_json, c.bytes,
+	c.commit_lsn::pg_lsn, c.ordinal, c.committed_at
+from unnest(
+	$1::text[], $2::text[], $3::text[], $4::text[], $5::timestamptz[], $6::text[], $7::bytea[], $8::text[], $9::bytea[],
+	$10::boolean[], $11::int[], $12::text[], $13::bigint[], $14::timestamptz[]
+) as c (id, type, key, tenant, time, headers, headers_raw, data, raw, is_json, bytes, commit_lsn, ordinal, committed_at)
+on conflict (id) do update
+	set type = excluded.type
+	where false`
+
+func insertEventsStep(events []*outbox.Event, ascii bool) step {
+	n := len(events)
+	var (
+		id, typ, key, tenant = make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+		headers, headersRaw  = make([][]byte, n), make([][]byte, n)
+		data, raw            = make([][]byte, n), make([][]byte, n)
+		isJSON               = make([]bool, n)
+		size                 = make([]int32, n)
+		commitLSN            = make([]string, n)
+		ordinal              = make([]int64, n)
+		at, committed        = make([]pgtype.Timestamptz, n), make([]pgtype.Timestamptz, n)
+	)
+	for i, e := range events {
+		id[i], typ[i], key[i], tenant[i] = clean(e.ID), clean(e.Type), clean(e.Key), clean(e.Tenant)
+		at[i], committed[i] = timestamp(e.Time), timestamp(e.Commit)
+		if isHeaders(e.Headers, ascii) {
+			headers[i] = e.Headers
+		} else if len(e.Headers) > 0 {
+			headersRaw[i] = e.Headers
+		}
+		if isText(e.Data, ascii) {
+			data[i] = notNil(e.Data)
+		} else {
+			raw[i] = e.Data
+		}
+		isJSON[i], size[i] = e.JSON, int32(contentSize(e))
+		commitLSN[i], ordinal[i] = e.Position.Commit.String(), int64(e.Position.Ordinal)
+	}
+	return step{what: "insert events", sql: insertEvents, args: []any{
+		id, typ, key, tenant, at, headers, headersRaw, data, raw, isJSON, size, commitLSN, ordinal, committed,
+	}}
+}
+
+// notNil keeps an empty payload from being stored as none.
+func notNil(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}
+
+// timestamp is null for the zero time.
+func timestamp(t time.Time) pgtype.Timestamptz {
+	return pgtype.Timestamptz{Time: t, Valid: !t.IsZero()}
+}
+
+const insertDeliveries = `
+insert into walhook.deliveries
+	(endpoint_id, event_id, order_key, state, reason, attempts, next_attempt_at, last_status, last_error, commit_lsn, ordinal)
+select
+	nullif(c.endpoint_id, ''), c.event_id, c.order_key, c.state, c.reason, c.attempts, c.next_attempt_at,
+	nullif(c.status, 0), nullif(c.detail, ''), c.commit_lsn::pg_lsn, c.ordinal
+from unnest(
+	$1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::int[], $7::timestamptz[], $8::int[], $9::text[],
+	$10::text[], $11::bigint[]
+) as c (endpoint_id, event_id, order_key, state, reason, attempts, next_attempt_at, status, detail, commit_lsn, ordinal)
+on conflict (event_id, coalesce(endpoint_id, '')) do nothing`
+
+func insertDeliveriesStep(changes []outbox.Change, ascii bool) step {
+	n := len(changes)
+	orderKey, commitLSN, ordinal := make([]string, n), make([]string, n), make([]int64, n)
+	for i, c := range changes {
+		orderKey[i] = clean(c.OrderKey)
+		commitLSN[i], ordinal[i] = c.Event.Position.Commit.String(), int64(c.Event.Position.Ordinal)
+	}
+	r := newRows(changes, ascii)
+	return step{what: "insert deliveries", sql: insertDeliveries, args: []any{
+		r.endpoint, r.event, orderKey, r.state, r.reason, r.attempts, r.due, r.status, r.detail, commitLSN, ordinal,
+	}}
+}
+
+// What the last attempt met stays until another attempt has met something.
+const updateDeliveries = `
+update walhook.deliveries d
+set
+	state = c.state,
+	reason = coalesce(nullif(c.reason, ''), d.reason),
+	attempts = c.attempts,
+	next_attempt_at = c.next_attempt_at,
+	last_status = case when c.status = 0 and c.detail = '' then d.last_status else nullif(c.status, 0) end,
+	last_error = case when c.status = 0 and c.detail = '' then d.last_error else nullif(c.detail, '') end
+from unnest(
+	$1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::timestamptz[], $7::int[], $8::text[]
+) as c (endpoint_id, event_id, state, reason, attempts, next_attempt_at, status, detail)
+where d.event_id = c.event_id
+and coalesce(d.endpoint_id, '') = c.endpoint_id`
+
+func updateDeliveriesStep(changes []outbox.Change, ascii bool) step {
+	r := newRows(changes, ascii)
+	return step{what: "update deliveries", sql: updateDeliveries, args: []any{
+		r.endpoint, r.event, r.state, r.reason, r.attempts, r.due, r.status, r.detail,
+	}}
+}
+
+// rows are changes turned by a quarter: one array a column.
+type rows struct {
+	endpoint, event, state, reason, detail []string
+	attempts, status                       []int32
+	due                                    []pgtype.Timestamptz
+}
+
+func newRows(changes []outbox.Change, ascii bool) rows {
+	n := len(changes)
+	r := rows{
+		endpoint: make([]string, n), event: make([]string, n), state: make([]string, n), reason: make([]string, n),
+		detail: make([]string, n), attempts: make([]int32, n), status: make([]int32, n), due: make([]pgtype.Timestamptz, n),
+	}
+	for i, c := range changes {
+		r.endpoint[i], r.event[i] = clean(c.EndpointID), clean(c.Event.ID)
+		r.state[i], r.reason[i] = string(c.State), clean(string(c.Reason))
+		r.attempts[i], r.status[i], r.detail[i] = int32(c.Attempts), int32(c.Status), cleanDetail(c.Detail, ascii)
+		if c.State != outbox.StateDead {
+			r.due[i] = timestamp(c.Due)
+		}
+	}
+	return r
+}
+
+const deleteDeliveries = `
+delete from walhook.deliveries d
+using unnest($1::text[], $2::text[]) as c (endpoint_id, event_id)
+where d.event_id = c.event_id
+and coalesce(d.endpoint_id, '') = c.endpoint_id`
+
+// An event is locked before it is asked whether a delivery needs it, and in a statement of its
+// own: the next one then sees the deliveries of all who had the lock before us.
+const lockEvents = `
+select count(*)
+from (
+	select
+	from walhook.events
+	where id = any($1::text[])
+	order by id
+	for update
+) locked`
+
+const deleteEvents = `
+delete from walhook.events e
+where e.id = any($1::text[])
+and not exists (
+	select
+	from walhook.deliveries d
+	where d.event_id = e.id
+)`
+
+func removeSteps(gone []outbox.Change) (steps []step) {
+	if len(gone) == 0 {
+		return nil
+	}
+	for part := range chunks(gone, rowSize) {
+		endpoints, ids := make([]string, len(part)), make([]string, len(part))
+		for i, c := range part {
+			endpoints[i], ids[i] = clean(c.EndpointID), clean(c.Event.ID)
+		}
+		steps = append(steps, step{what: "delete deliveries", sql: deleteDeliveries, args: []any{endpoints, ids}})
+	}
+	ids := make([]string, len(gone))
+	for i, c := range gone {
+		ids[i] = clean(c.Event.ID)
+	}
+	slices.Sort(ids)
+	for part := range chunks(slices.Compact(ids), func(string) int { return 0 }) {
+		steps = append(steps,
+			step{what: "lock events", sql: lockEvents, args: []any{part}},
+			step{what: "delete events", sql: deleteEvents, args: []any{part}},
+		)
+	}
+	return steps
+}

@@ -1,0 +1,331 @@
+package sender
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+const (
+	// Stages of an attempt that fail sooner than its deadline, so that the outcome can say which it was.
+	dialTimeout = 5 * time.Second
+	tlsTimeout  = 5 * time.Second
+
+	// What is read of an answer: the body only so that the connection can be used again.
+	maxHeaderBytes = 32 << 10
+	maxBodyBytes   = 64 << 10
+	bodyTime       = time.Second
+
+	// An idle connection is kept as long as a receiver's move to another address may go unnoticed.
+	idleConnTimeout    = 75 * time.Second
+	maxIdlePerHost     = 256 // four lanes of the default concurrency on one host
+	defaultMaxIdle     = 1024
+	tlsSessionsPerPool = 512
+
+	// HTTP/2 connections that died in silence are noticed within one default attempt (golang/go#30702).
+	http2PingAfter   = 10 * time.Second
+	http2PingTimeout = 5 * time.Second
+)
+
+// errOutOfTime is the cause of an attempt's context when its own deadline ended it.
+var errOutOfTime = errors.New("the attempt's time is over")
+
+// Config of a Client.
+type Config struct {
+	Logger     *zap.Logger           // nil logs nothing
+	Version    string                // of walhook, for the user-agent
+	Registerer prometheus.Registerer // nil keeps the metrics to itself
+
+	// MaxIdleConns bounds the idle connections of endpoints that share a transport, which all
+	// do that need no network or TLS rules of their own; zero is 1024.
+	MaxIdleConns int
+
+	// OnStateChange, if set, hears of every move of an endpoint's circuit, in order for each
+	// endpoint, from within Send but under no lock. It should not wait.
+	OnStateChange func(endpointID string, from, to State)
+
+	// RoundTripper, if set, takes the place of the network, guard and TLS included. For tests.
+	RoundTripper http.RoundTripper
+}
+
+// Client is the outbox.Sender that speaks HTTP. All its methods may be called at any time
+// from any goroutine.
+type Client struct {
+	log           *zap.Logger
+	userAgent     string
+	metrics       *metrics
+	maxIdle       int
+	onStateChange func(endpointID string, from, to State)
+	roundTripper  http.RoundTripper
+
+	mu         sync.RWMutex          // guards what follows
+	targets    map[string]*target    // by endpoint id
+	transports map[string]*transport // by route
+}
+
+var _ outbox.Sender = (*Client)(nil)
+
+// transport is a connection pool with its users counted.
+type transport struct {
+	*http.Transport
+	users int
+}
+
+// New returns a Client. It starts nothing.
+func New(cfg Config) (*Client, error) {
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, fmt.Errorf("register the sender's metrics: %w", err)
+	}
+	c := &Client{
+		log:           cfg.Logger,
+		userAgent:     "walhook/" + cfg.Version,
+		metrics:       m,
+		maxIdle:       cfg.MaxIdleConns,
+		onStateChange: cfg.OnStateChange,
+		roundTripper:  cfg.RoundTripper,
+		targets:       make(map[string]*target),
+		transports:    make(map[string]*transport),
+	}
+	if c.log == nil {
+		c.log = zap.NewNop()
+	}
+	c.log = c.log.Named("sender")
+	if cfg.Version == "" {
+		c.userAgent = "walhook"
+	}
+	if !validHeaderValue(c.userAgent) {
+		return nil, errors.New("the version cannot stand in a user-agent")
+	}
+	if c.maxIdle <= 0 {
+		c.maxIdle = defaultMaxIdle
+	}
+	return c, nil
+}
+
+// Send makes one attempt and judges it. It returns within the endpoint's timeout, and at once
+// where the circuit is open.
+func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) {
+	t, err := c.target(a.Endpoint)
+	if err != nil {
+		// The registry lets no such endpoint through; if one comes, its events are worth keeping.
+		return outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonBadRequest, Detail: clip("the endpoint's settings: " + err.Error())}
+	}
+	if ctx.Err() != nil {
+		o, _ = judge(result{err: ctx.Err(), cut: true}, t.endpoint, time.Time{})
+		return o
+	}
+	permit, until, ok := t.circuit.allow()
+	if !ok {
+		return outbox.Outcome{Verdict: outbox.Held, Reason: outbox.ReasonBreakerOpen, Detail: "the circuit is open", Until: until}
+	}
+	effect := neither
+	defer func() { t.circuit.report(permit, effect) }() // exactly once, and also when what follows panics
+
+	o, effect = c.post(ctx, t, a)
+	return o
+}
+
+// post makes the request, reads the answer and judges it.
+func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outbox.Outcome, effect) {
+	begin := time.Now()
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
+	req, bad := t.request(ctx, a, begin)
+	if bad != nil {
+		return bad.outcome(), neither
+	}
+
+	// One timer for the whole attempt, which ends sooner once the status is known: a context
+	// with a deadline could not be shortened.
+	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
+	defer timer.Stop()
+
+	res, err := t.rt.RoundTrip(req)
+	r := result{err: err}
+	if err == nil {
+		r.status, r.retryAfter = res.StatusCode, res.Header.Get("Retry-After")
+	} else if parent.Err() != nil {
+		r.cut = true
+	} else if context.Cause(ctx) == errOutOfTime {
+		r.timedOut = true
+	}
+	now := time.Now()
+	o, effect := judge(r, t.endpoint, now)
+	if o.Verdict != outbox.Cut {
+		t.codes.inc(o)
+		c.metrics.duration.Observe(now.Sub(begin).Seconds())
+	}
+	if err != nil {
+		if ourShortage(err) {
+			c.Close() // idle connections are the first thing to give back
+		}
+		return o, effect
+	}
+	if t.endpoint.Timeout-now.Sub(begin) > bodyTime {
+		timer.Reset(bodyTime)
+	}
+	drain(res)
+	return o, effect
+}
+
+// drain reads a small body to its end, so that its connection can be used again, and leaves a
+// large one. Nothing that happens here matters: the answer was its status.
+func drain(res *http.Response) {
+	if res.StatusCode != http.StatusSwitchingProtocols && res.ContentLength <= maxBodyBytes {
+		_, _ = io.CopyN(io.Discard, res.Body, maxBodyBytes+1)
+	}
+	_ = res.Body.Close()
+}
+
+// target returns the endpoint made ready: the one at hand, if it was made of this very endpoint.
+func (c *Client) target(e *outbox.Endpoint) (*target, error) {
+	c.mu.RLock()
+	t := c.targets[e.ID]
+	c.mu.RUnlock()
+	if t != nil && t.endpoint == e {
+		return t, nil
+	}
+	return c.renew(e)
+}
+
+// renew makes an endpoint ready that is new or was reloaded. What was learned of it before stays.
+func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
+	t, err := parse(e) // reads files: under no lock
+	if err != nil {
+		return nil, err
+	}
+	if _, given := t.header["User-Agent"]; !given {
+		t.header["User-Agent"] = []string{c.userAgent}
+	}
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old := c.targets[e.ID]
+	if old != nil && old.endpoint == e { // another goroutine was first
+		return old, nil
+	}
+	t.rt = c.acquire(t)
+	policy := policyOf(e)
+	if old == nil {
+		t.codes = &codes{endpoint: e.ID, attempts: c.metrics.attempts, by: make(map[code]prometheus.Counter)}
+		t.circuit = newCircuit(policy, false, c.teller(e.ID))
+		c.metrics.breaker.WithLabelValues(e.ID).Set(float64(Closed))
+		c.warnUnsigned(t)
+	} else {
+		t.codes, t.circuit = old.codes, old.circuit
+		if t.circuit.policy != policy {
+			was := old.circuit.retire()
+			t.circuit = newCircuit(policy, was != Closed, c.teller(e.ID))
+			c.metrics.breaker.WithLabelValues(e.ID).Set(float64(t.circuit.state))
+		}
+		c.release(old)
+	}
+	c.targets[e.ID] = t
+	return t, nil
+}
+
+// warnUnsigned says once that an endpoint's requests will carry no signature.
+func (c *Client) warnUnsigned(t *target) {
+	if t.endpoint.Signing == outbox.SigningStandard && len(t.keys) == 0 {
+		c.log.Warn("requests are not signed: the endpoint has no secret", zap.String("endpoint", t.endpoint.ID))
+	}
+}
+
+// teller returns what tells the world of an endpoint's circuit.
+func (c *Client) teller(id string) func(from, to State) {
+	gauge := c.metrics.breaker.WithLabelValues(id)
+	return func(from, to State) {
+		gauge.Set(float64(to))
+		level := zap.InfoLevel
+		if to == Open {
+			level = zap.WarnLevel
+		}
+		c.log.Log(level, "circuit "+to.String(), zap.String("endpoint", id), zap.Stringer("from", from), zap.Stringer("to", to))
+		if c.onStateChange != nil {
+			c.onStateChange(id, from, to)
+		}
+	}
+}
+
+// Forget drops all that is known of an endpoint: its circuit, its metrics, its connections
+// where it shares them with no other. An attempt in flight ends as it would have. An endpoint
+// that later comes with the same id is a stranger.
+func (c *Client) Forget(endpointID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.targets[endpointID]
+	if t == nil {
+		return
+	}
+	delete(c.targets, endpointID)
+	t.circuit.retire()
+	c.metrics.forget(endpointID)
+	c.release(t)
+}
+
+// Close closes the idle connections. The Client stays usable, and opens new ones as it needs them.
+func (c *Client) Close() {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	for _, tr := range c.transports {
+		tr.CloseIdleConnections()
+	}
+}
+
+// acquire returns the transport of the target's route, a new one where there is none. c.mu is held.
+func (c *Client) acquire(t *target) http.RoundTripper {
+	if c.roundTripper != nil {
+		return c.roundTripper
+	}
+	tr := c.transports[t.route]
+	if tr == nil {
+		tr = &transport{Transport: newTransport(t.guard, t.tls, c.maxIdle)}
+		c.transports[t.route] = tr
+	}
+	tr.users++
+	return tr.Transport
+}
+
+// release gives the target's transport up, and closes it after its last user. c.mu is held.
+func (c *Client) release(t *target) {
+	tr := c.transports[t.route]
+	if tr == nil {
+		return
+	}
+	if tr.users--; tr.users == 0 {
+		delete(c.transports, t.route)
+		tr.CloseIdleConnections()
+	}
+}
+
+// newTransport is net/http's transport made safe for other people's servers.
+func newTransport(g guard, cfg *tls.Config, maxIdle int) *http.Transport {
+	cfg = cfg.Clone()
+	cfg.ClientSessionCache = tls.NewLRUClientSessionCache(tlsSessionsPerPool)
+	dialer := &net.Dialer{Timeout: dialTimeout, Control: g.control}
+	return &http.Transport{
+		Proxy:                  nil, // behind a proxy the guard would see only the proxy
+		DialContext:            dialer.DialContext,
+		TLSClientConfig:        cfg,
+		TLSHandshakeTimeout:    tlsTimeout,
+		DisableCompression:     true, // or 100 kB on the wire become 100 MB here
+		MaxResponseHeaderBytes: maxHeaderBytes,
+		MaxIdleConns:           maxIdle,
+		MaxIdleConnsPerHost:    maxIdlePerHost,
+		IdleConnTimeout:        idleConnTimeout,
+		ForceAttemptHTTP2:      true, // net/http tries it by itself only with its own dialer and TLS settings
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: http2PingAfter, PingTimeout: http2PingTimeout},
+	}
+}

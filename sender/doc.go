@@ -1,0 +1,49 @@
+// Package sender makes one attempt: it posts one event to one endpoint and says what came of it.
+//
+// It owns the request's bytes, the signature, the connection, the endpoint's circuit, the guard
+// that judges the address dialled, and the one function that judges an answer (judge, in
+// outcome.go). It knows net/http and gobreaker; nothing else in the house does.
+//
+// What it promises:
+//
+//   - An attempt ends. One deadline, the endpoint's timeout, spans dial, handshake, request,
+//     answer and what is read of the answer's body, whatever the receiver does.
+//   - The status line decides. A body that hangs, breaks or never ends turns no 2xx into a failure.
+//   - What is signed is what is sent, byte for byte, and a payload is never decoded.
+//   - A connection that the receiver closed while it was idle costs no attempt: net/http sends
+//     the same request again on a fresh one.
+//   - A circuit hears of each attempt exactly once, also after a panic or a cancel, so a probe
+//     can never leave it half-open for ever.
+//   - No outcome, log line, metric or error holds a URL, a query or a secret.
+//
+// What it never does: wait for anything but the network, retry, queue, follow a redirect,
+// start a goroutine that outlives a request (net/http keeps two for each idle connection,
+// for at most idleConnTimeout), use a proxy from the environment, or read an event's data.
+//
+// # Life of an endpoint
+//
+// Endpoints are immutable, and a reload brings a new *outbox.Endpoint with the same id. What
+// was made of its settings (keys, headers, URL, transport) is a target, cached by the pointer
+// and renewed with it. What was learned of it (its circuit and its counters) is kept by id and
+// survives, until Forget.
+//
+// # Circuit
+//
+//	            ConsecutiveFailures in a row, or
+//	            FailureRate of MinRequests in Window
+//	┌────────┐ ─────────────────────────────────────► ┌──────┐
+//	│ closed │                                        │ open │ ◄─────────┐
+//	└────────┘ ◄──────────────┐                       └──────┘           │
+//	 all may send             │                        none may (Held)   │ the probe failed
+//	                          │ the probe              after OpenFor,    │
+//	                          │ was delivered          by the next Send  │
+//	                          │                           ▼              │
+//	                          │                     ┌───────────┐        │
+//	                          └──────────────────── │ half-open │ ───────┘
+//	                                                └───────────┘
+//	                                         one may send, the others are Held
+//
+// A result that counts neither way (outcome.go says which) leaves the circuit as it is; a
+// half-open one lets the next probe through. Time alone moves nothing: an open circuit becomes
+// half-open when somebody asks, so who holds a delivery asks again at Outcome.Until.
+package sender

@@ -1,0 +1,227 @@
+package sender
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+// Header names as Standard Webhooks writes them: lower case also where HTTP/1.1 would allow
+// another, so that a receiver that compares bytes sees one spelling over HTTP/1.1 and HTTP/2.
+const (
+	headerID          = "webhook-id"
+	headerTimestamp   = "webhook-timestamp"
+	headerSignature   = "webhook-signature"
+	headerAttempt     = "webhook-attempt"
+	headerTraceparent = "traceparent"
+)
+
+// body is a request's body in pieces: the payload is the event's own bytes, never a copy.
+// It is immutable, because net/http may still be reading it after an answer came.
+type body struct {
+	parts [3][]byte
+}
+
+func (b *body) size() int64 {
+	return int64(len(b.parts[0]) + len(b.parts[1]) + len(b.parts[2]))
+}
+
+// open returns a reader from the body's beginning; it is the request's GetBody.
+func (b *body) open() (io.ReadCloser, error) { return &bodyReader{rest: b.parts}, nil }
+
+type bodyReader struct {
+	rest [3][]byte
+	next int
+}
+
+func (r *bodyReader) Read(p []byte) (n int, err error) {
+	for r.next < len(r.rest) {
+		m := copy(p[n:], r.rest[r.next])
+		n += m
+		if r.rest[r.next] = r.rest[r.next][m:]; len(r.rest[r.next]) > 0 {
+			return n, nil
+		}
+		r.next++
+	}
+	return n, io.EOF
+}
+
+func (r *bodyReader) Close() error { return nil }
+
+// unsendable says why an event can never be sent to an endpoint.
+type unsendable struct {
+	reason outbox.Reason
+	detail string
+}
+
+func (u *unsendable) outcome() outbox.Outcome {
+	return outbox.Outcome{Verdict: outbox.Dead, Reason: u.reason, Detail: u.detail}
+}
+
+// request renders the attempt as it goes on the wire. Nothing in it is shared with another
+// request but what nobody writes to: net/http's write loop may outlive the attempt.
+func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (*http.Request, *unsendable) {
+	b, contentType, bad := render(a.Event, t.endpoint)
+	if bad != nil {
+		return nil, bad
+	}
+	if !validID(a.Event.ID) {
+		return nil, &unsendable{outbox.ReasonBadRequest, "the event's id cannot be a webhook-id"}
+	}
+
+	values := new([6]string) // one allocation for all the values that differ between requests
+	header := maps.Clone(t.header)
+	used := 0
+	set := func(name, value string) {
+		values[used] = value
+		header[name] = values[used : used+1 : used+1]
+		used++
+	}
+	timestamp := strconv.FormatInt(now.Unix(), 10)
+	set("Content-Type", contentType)
+	set(headerID, a.Event.ID)
+	set(headerTimestamp, timestamp)
+	set(headerAttempt, strconv.Itoa(a.Number))
+	if len(t.keys) > 0 {
+		set(headerSignature, sign(t.keys, a.Event.ID, timestamp, b))
+	}
+	if parent := traceparent(a.Event.Headers); parent != "" {
+		set(headerTraceparent, parent)
+	}
+
+	req := t.base.WithContext(ctx)
+	req.Header = header
+	req.ContentLength = b.size()
+	req.GetBody = b.open // with Idempotency-Key in the header map: see target.header
+	if req.Body, _ = b.open(); req.ContentLength == 0 {
+		req.Body = http.NoBody
+	}
+	return req, nil
+}
+
+// render makes the body of an event in the endpoint's format, and its content type.
+func render(e *outbox.Event, to *outbox.Endpoint) (*body, string, *unsendable) {
+	b, contentType := new(body), "application/json"
+	switch to.Format {
+	case outbox.FormatRaw:
+		b.parts[1] = e.Data
+		if !e.JSON {
+			if contentType = "application/octet-stream"; utf8.Valid(e.Data) {
+				contentType = "text/plain; charset=utf-8"
+			}
+		}
+	case outbox.FormatStandard:
+		if !e.JSON || len(e.Data) == 0 {
+			return nil, "", &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
+		}
+		head, ok := appendEnvelope(make([]byte, 0, len(e.Type)+96), e)
+		if !ok {
+			return nil, "", &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
+		}
+		b.parts = [3][]byte{head, e.Data, envelopeEnd}
+	default:
+		return nil, "", &unsendable{outbox.ReasonBadRequest, "the endpoint's format is unknown"}
+	}
+	if size := b.size(); to.MaxPayload > 0 && size > to.MaxPayload {
+		return nil, "", &unsendable{outbox.ReasonTooLarge, fmt.Sprintf("the body has %d bytes, max_payload is %d", size, to.MaxPayload)}
+	}
+	return b, contentType, nil
+}
+
+var envelopeEnd = []byte{'}'}
+
+// appendEnvelope appends what stands before the payload. The order of the members is part of
+// the contract. ok is false where the event's time cannot be written.
+func appendEnvelope(dst []byte, e *outbox.Event) (head []byte, ok bool) {
+	at := e.Time
+	if at.IsZero() {
+		at = e.Commit
+	}
+	at = at.UTC()
+	if y := at.Year(); y < 0 || y > 9999 { // Postgres knows years that RFC 3339 does not
+		return nil, false
+	}
+	dst = append(dst, `{"type":`...)
+	dst = appendJSONString(dst, e.Type)
+	dst = append(dst, `,"timestamp":"`...)
+	dst = at.AppendFormat(dst, time.RFC3339Nano)
+	return append(dst, `","data":`...), true
+}
+
+// appendJSONString appends s in quotes, without the HTML escapes that encoding/json likes.
+func appendJSONString(dst []byte, s string) []byte {
+	plain := true
+	for i := 0; i < len(s) && plain; i++ {
+		plain = s[i] >= ' ' && s[i] < utf8.RuneSelf && s[i] != '"' && s[i] != '\\'
+	}
+	if plain {
+		dst = append(dst, '"')
+		dst = append(dst, s...)
+		return append(dst, '"')
+	}
+	var quoted bytes.Buffer
+	enc := json.NewEncoder(&quoted)
+	enc.SetEscapeHTML(false)
+	_ = enc.Encode(s) // a string always encodes
+	return append(dst, bytes.TrimSuffix(quoted.Bytes(), []byte("\n"))...)
+}
+
+// validID tells whether id may be a webhook-id: visible ASCII without the dot that separates
+// the parts of what is signed.
+func validID(id string) bool {
+	for i := range len(id) {
+		if id[i] <= ' ' || id[i] > '~' || id[i] == '.' {
+			return false
+		}
+	}
+	return id != ""
+}
+
+// traceparent returns the W3C trace context in an event's headers, or nothing where there is
+// no valid one (https://www.w3.org/TR/trace-context/#traceparent-header).
+func traceparent(headers []byte) string {
+	if !bytes.Contains(headers, []byte("raceparent")) { // Traceparent too; most rows have neither
+		return ""
+	}
+	var h struct {
+		Traceparent string `json:"traceparent"`
+	}
+	var other *json.UnmarshalTypeError
+	if err := json.Unmarshal(headers, &h); err != nil && !errors.As(err, &other) {
+		return ""
+	}
+	v := h.Traceparent
+	if len(v) < 55 || v[2] != '-' || v[35] != '-' || v[52] != '-' {
+		return ""
+	}
+	version, trace, parent, flags := v[:2], v[3:35], v[36:52], v[53:55]
+	if !lowerHex(version) || !lowerHex(trace) || !lowerHex(parent) || !lowerHex(flags) ||
+		version == "ff" || strings.Trim(trace, "0") == "" || strings.Trim(parent, "0") == "" {
+		return ""
+	}
+	// A later version may say more, behind another dash; all of it is unknown to us, so it is left out.
+	if len(v) > 55 && (version == "00" || v[55] != '-') {
+		return ""
+	}
+	return v[:55]
+}
+
+func lowerHex(s string) bool {
+	for i := range len(s) {
+		if (s[i] < '0' || s[i] > '9') && (s[i] < 'a' || s[i] > 'f') {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,96 @@
+package sender
+
+import (
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+const (
+	hmacSecret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+	edSecret   = "whsk_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// bundle is a client with what it reports to.
+type bundle struct {
+	*Client
+	t        *testing.T
+	registry *prometheus.Registry
+	logs     *observer.ObservedLogs
+	moves    []string // of circuits; read it when no Send is in flight
+}
+
+func setup(t *testing.T, rt http.RoundTripper) *bundle {
+	t.Helper()
+	core, logs := observer.New(zap.DebugLevel)
+	b := &bundle{t: t, registry: prometheus.NewRegistry(), logs: logs}
+	c, err := New(Config{
+		Logger: zap.New(core), Version: "1.2.3", Registerer: b.registry, RoundTripper: rt,
+		OnStateChange: func(id string, from, to State) {
+			b.moves = append(b.moves, fmt.Sprintf("%s: %s → %s", id, from, to))
+		},
+	})
+	require.NoError(t, err)
+	b.Client = c
+	t.Cleanup(c.Close)
+	return b
+}
+
+func (b *bundle) send(e *outbox.Endpoint) outbox.Outcome {
+	return b.Send(b.t.Context(), outbox.Attempt{Event: event(), Endpoint: e, Number: 1})
+}
+
+func event() *outbox.Event {
+	return &outbox.Event{
+		ID: "evt_1", Type: "invoice.paid", Key: "inv-7", JSON: true, Data: []byte(`{"amount": 120.50}`),
+		Time: time.Date(2026, 3, 1, 12, 30, 15, 123456000, time.FixedZone("", 3600)),
+	}
+}
+
+func endpoint(url string, change ...func(*outbox.Endpoint)) *outbox.Endpoint {
+	e := outbox.DefaultEndpoint()
+	e.ID, e.URL = "billing", url
+	for _, f := range change {
+		f(&e)
+	}
+	return &e
+}
+
+func signed(e *outbox.Endpoint)    { e.Secrets = []outbox.Secret{hmacSecret} }
+func fromTable(e *outbox.Endpoint) { e.Origin = outbox.FromTable }
+func timeout(d time.Duration) func(*outbox.Endpoint) {
+	return func(e *outbox.Endpoint) { e.Timeout = d }
+}
+
+// fake is a network for bubbles: it answers as it is told, at the pace of the bubble's clock.
+type fake func(*http.Request) (*http.Response, error)
+
+func (f fake) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func answer(status int, header ...string) (*http.Response, error) {
+	h := make(http.Header)
+	for i := 0; i+1 < len(header); i += 2 {
+		h.Set(header[i], header[i+1])
+	}
+	return &http.Response{StatusCode: status, Header: h, Body: http.NoBody}, nil
+}
+
+// pass lets a bubble's clock go on.
+func pass(d time.Duration) { <-time.After(d) }
+
+// hang waits until the request's context ends.
+func hang(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}

@@ -1,0 +1,264 @@
+package sender
+
+import (
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+// maxURL is how long an endpoint's URL may be; most servers refuse longer ones.
+const maxURL = 8192
+
+// target is an endpoint made ready: everything that would be the same for each of its requests.
+// It is immutable and lives as long as its *outbox.Endpoint.
+type target struct {
+	endpoint *outbox.Endpoint
+	base     *http.Request // with method and URL
+	// header goes with every request. Its entry Idempotency-Key: nil is never sent, but has
+	// net/http repeat a POST whose idle connection turns out to be closed.
+	header http.Header
+	keys   []secretKey
+	tls    *tls.Config
+	guard  guard
+	route  string // equal for targets that may share connections
+
+	rt      http.RoundTripper
+	circuit *circuit // outlives the target
+	codes   *codes   // outlives the target
+}
+
+// Validate checks all that the sender will need of an endpoint. Every mistake is in the
+// joined error, each beginning with its key (`secrets[0]: …`), none showing a secret.
+func Validate(e outbox.Endpoint) error {
+	_, err := parse(&e)
+	return err
+}
+
+// parse makes of an endpoint all that needs no Client.
+func parse(e *outbox.Endpoint) (*target, error) {
+	var errs []error
+	t := &target{
+		endpoint: e,
+		guard:    guard{origin: e.Origin, allow: e.Network.Allow, deny: e.Network.Deny},
+	}
+
+	to, err := parseURL(e)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("url: %w", err))
+	} else {
+		t.guard.plain = to.Scheme == "http"
+		t.base = &http.Request{
+			Method: http.MethodPost, URL: to, Host: to.Host,
+			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		}
+	}
+
+	if e.Timeout <= 0 {
+		errs = append(errs, errors.New("timeout: must be more than 0"))
+	}
+
+	switch e.Format {
+	case outbox.FormatStandard, outbox.FormatRaw:
+	default:
+		errs = append(errs, fmt.Errorf("format: %q is not one of standard, raw", e.Format))
+	}
+
+	switch e.Signing {
+	case outbox.SigningStandard:
+		for i, s := range e.Secrets {
+			key, err := parseSecret(s.Reveal())
+			if err != nil {
+				errs = append(errs, fmt.Errorf("secrets[%d]: %w", i, err))
+				continue
+			}
+			t.keys = append(t.keys, key)
+		}
+	case outbox.SigningNone:
+	default:
+		errs = append(errs, fmt.Errorf("signing: %q is not one of standard, none", e.Signing))
+	}
+
+	var wrong []error
+	t.header, wrong = parseHeaders(e.Headers)
+	errs = append(errs, wrong...)
+	if _, given := t.header["Idempotency-Key"]; !given {
+		t.header["Idempotency-Key"] = nil
+	}
+
+	authorities := ""
+	t.tls, authorities, wrong = parseTLS(e.TLS)
+	errs = append(errs, wrong...)
+
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	// Connections are shared by endpoints that are reached by the same rules, and by no others:
+	// the guard judges when a connection is made, not when it is used again.
+	t.route = fmt.Sprintf("%s plain=%t allow=%v deny=%v tls=%s ca=%x",
+		e.Origin, t.guard.plain && e.Origin != outbox.FromFile, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, sha256.Sum256([]byte(authorities)))
+	return t, nil
+}
+
+// parseURL checks an endpoint's URL. Its errors never show it: its query may hold a credential.
+func parseURL(e *outbox.Endpoint) (*url.URL, error) {
+	if e.URL == "" {
+		return nil, errors.New("is missing")
+	}
+	if len(e.URL) > maxURL {
+		return nil, fmt.Errorf("is longer than %d bytes", maxURL)
+	}
+	to, err := url.Parse(e.URL)
+	if err != nil {
+		return nil, errors.New("is not a valid URL")
+	}
+	switch {
+	case to.Scheme != "http" && to.Scheme != "https":
+		return nil, errors.New("must begin with https:// or http://")
+	case to.Hostname() == "":
+		return nil, errors.New("has no host")
+	case to.User != nil:
+		return nil, errors.New("holds a user name or password; send them in headers.Authorization")
+	case to.Scheme == "http" && e.Origin != outbox.FromFile && len(e.Network.Allow) == 0:
+		return nil, errors.New("must begin with https://")
+	case strings.Contains(to.Hostname(), "%") && e.Origin != outbox.FromFile:
+		return nil, errors.New("its address has a zone")
+	case strings.Contains(to.Hostname(), ":"):
+		if _, err := netip.ParseAddr(to.Hostname()); err != nil {
+			return nil, errors.New("its host is not a valid IPv6 address")
+		}
+	}
+	if p := to.Port(); p != "" {
+		if n, err := strconv.Atoi(p); err != nil || n < 1 || n > 65535 {
+			return nil, errors.New("its port is not one of 1 to 65535")
+		}
+	} else if strings.HasSuffix(to.Host, ":") {
+		to.Host = strings.TrimSuffix(to.Host, ":")
+	}
+	to.Fragment, to.RawFragment = "", ""
+	return to, nil
+}
+
+// reserved header names are the sender's or HTTP's own to set.
+var reserved = []string{
+	"host", "transfer-encoding", "connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect",
+}
+
+// parseHeaders checks the headers an endpoint sends with every request. An error names its
+// header and never shows a value, which may be a credential.
+func parseHeaders(given map[string]string) (http.Header, []error) {
+	var errs []error
+	headers := make(http.Header, len(given)+8)
+	seen := make(map[string]string, len(given))
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		lower, value := strings.ToLower(name), given[name]
+		why := ""
+		switch {
+		case !validHeaderName(name):
+			why = "is not a valid header name"
+		case slices.Contains(reserved, lower), strings.HasPrefix(lower, "content-"), strings.HasPrefix(lower, "webhook-"):
+			why = "is set by walhook and cannot be given"
+		case seen[lower] != "":
+			why = "is the same header as " + seen[lower]
+		case !validHeaderValue(value):
+			why = "its value holds a line break, NUL or another control character"
+		}
+		if why != "" {
+			if !validHeaderName(name) {
+				name = strconv.Quote(name)
+			}
+			errs = append(errs, fmt.Errorf("headers.%s: %s", name, why))
+			continue
+		}
+		seen[lower] = name
+		switch lower { // sent as written, but for those that are looked for by name
+		case "user-agent", "idempotency-key":
+			name = http.CanonicalHeaderKey(name)
+		case headerTraceparent:
+			name = headerTraceparent
+		}
+		headers[name] = []string{value}
+	}
+	return headers, errs
+}
+
+// validHeaderName tells whether s is a token of RFC 9110.
+func validHeaderName(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && !strings.ContainsRune("!#$%&'*+-.^_`|~", rune(c)) {
+			return false
+		}
+	}
+	return s != ""
+}
+
+// validHeaderValue tells whether s may stand in a header: no control characters but the tab.
+func validHeaderValue(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' && s[i] != '\t' || s[i] == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+// parseTLS reads the endpoint's TLS settings, and a CA file now: a certificate that was
+// renewed under the same path counts from the next reload on. authorities is the PEM read.
+func parseTLS(s outbox.TLS) (cfg *tls.Config, authorities string, errs []error) {
+	cfg = &tls.Config{}
+	switch s.MinVersion {
+	case "", "1.2":
+		cfg.MinVersion = tls.VersionTLS12
+	case "1.3":
+		cfg.MinVersion = tls.VersionTLS13
+	default:
+		errs = append(errs, fmt.Errorf(`tls.min_version: %q is not one of "1.2", "1.3"`, s.MinVersion))
+	}
+	if s.CA == "" {
+		return cfg, "", errs
+	}
+	authorities = s.CA
+	if !strings.Contains(s.CA, "-----BEGIN") {
+		pem, err := readCA(s.CA)
+		if err != nil {
+			return nil, "", append(errs, fmt.Errorf("tls.ca: %w", err))
+		}
+		authorities = pem
+	}
+	cfg.RootCAs = x509.NewCertPool()
+	if !cfg.RootCAs.AppendCertsFromPEM([]byte(authorities)) {
+		errs = append(errs, errors.New("tls.ca: holds no certificate in PEM"))
+	}
+	return cfg, authorities, errs
+}
+
+// maxCA is more than any bundle of authorities has.
+const maxCA = 4 << 20
+
+// readCA reads a file that an endpoint names, maybe one of the table: a device or a pipe in its
+// place must neither block nor fill the memory.
+func readCA(path string) (string, error) {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return "", err
+	case !info.Mode().IsRegular():
+		return "", fmt.Errorf("%s is not a file", path)
+	case info.Size() > maxCA:
+		return "", fmt.Errorf("%s is larger than %d bytes", path, maxCA)
+	}
+	pem, err := os.ReadFile(path)
+	return string(pem), err
+}
