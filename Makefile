@@ -13,7 +13,7 @@ TOOLS   := bin/tools
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-matrix fuzz lint lint-full fmt ci deps clean
+.PHONY: help demo build test test-matrix fuzz bench lint lint-full fmt ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ fuzz: ## every fuzz target for FUZZTIME
 			go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$(dirname $$file)" || exit 1; \
 		done; \
 	done
+
+bench: ## all benchmarks (PKG=, TESTFLAGS=)
+	@.ci/deps postgres
+	go test -run '^$$' -bench . -benchmem $(TESTFLAGS) $(PKG)
 
 lint: $(TOOLS)/staticcheck $(TOOLS)/gofumpt ## vet, staticcheck and formatting
 	go vet ./...

@@ -2,12 +2,18 @@ package cdc
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
@@ -37,12 +43,15 @@ type Survey struct {
 	SlotsFree   int    // of max_replication_slots
 	SendersFree int    // of max_wal_senders
 	SyncNames   string // synchronous_standby_names
+	Application string // application_name of our connections
 
 	SenderTimeout time.Duration // wal_sender_timeout; zero is none
 
 	Slot        *Slot   // nil where there is none of the name
 	Tables      []Found // one for each of Config.Tables, in their order
 	Publication *Publication
+
+	Around *Around // nil but where Examine looked
 }
 
 // Slot is a row of pg_replication_slots.
@@ -65,6 +74,7 @@ type Publication struct {
 	AllTables bool
 	Insert    bool
 	ViaRoot   bool
+	Owned     bool // the role may alter it
 }
 
 // Found is what the catalogue has under a Table's name.
@@ -74,17 +84,36 @@ type Found struct {
 	Kind        byte   // relkind: r table, p partitioned table
 	Unlogged    bool
 	Select      bool // the role may read it
+	Owned       bool // the role may publish it
 	Columns     []Column
 	Types       []string // of Columns, as format_type prints them
 	Published   bool
 	RowFilter   string   // of the publication, Postgres 15 and later
-	Unpublished []string // columns that the publication leaves out
+	Unpublished []string // columns that the publication leaves out, generated ones by default
 }
 
 // Relation is the table as the stream will announce it.
 func (f *Found) Relation() *Relation {
-	return &Relation{OID: f.OID, Schema: f.Schema, Name: f.Name, Columns: f.Columns}
+	columns := slices.DeleteFunc(slices.Clone(f.Columns), func(c Column) bool { return slices.Contains(f.Unpublished, c.Name) })
+	return &Relation{OID: f.OID, Schema: f.Schema, Name: f.Name, Columns: columns}
 }
+
+// Around is what the stream itself does not look at: what a start would find out only by
+// trying, and what may hurt some day.
+type Around struct {
+	System      string        // system_identifier; empty where it could not be asked
+	Clock       time.Duration // how far the server's clock is ahead of ours, give or take Blur
+	Blur        time.Duration // half of what asking for the clock took
+	Holder      string        // application_name of Slot.ActivePID
+	Greedy      []Slot        // other slots that keep more WAL than max_wal_size
+	Names       []Table       // of the tables there are, at most maxNames
+	IdleTimeout time.Duration // idle_replication_slot_timeout, Postgres 18 and later; zero is none
+	Encrypted   bool          // the connection is
+	Remote      bool          // the connection leaves this machine
+	Replicating *Fault        // what became of a replication connection; nil: it works
+}
+
+const maxNames = 10_000
 
 // Inspect looks at the database that cfg names. The error is a *Fault where the database
 // cannot be asked at all.
@@ -99,6 +128,168 @@ func Inspect(ctx context.Context, cfg *Config) (*Survey, error) {
 		return nil, FaultOf(err)
 	}
 	return s, nil
+}
+
+// connectFault is FaultOf for people who set up a connection: it says which part of the URL or
+// of the server is to blame.
+func connectFault(err error) *Fault {
+	f := FaultOf(err)
+	var connect *pgconn.ConnectError
+	if !errors.As(err, &connect) {
+		return f
+	}
+	c := connect.Config
+	where := net.JoinHostPort(c.Host, strconv.Itoa(int(c.Port)))
+	if strings.HasPrefix(c.Host, "/") {
+		where = c.Host
+	}
+	because := func(remedy, format string, a ...any) *Fault {
+		return &Fault{State: f.State, Reason: fmt.Sprintf(format, a...), Remedy: remedy}
+	}
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		switch {
+		case pg.Code == "28P01":
+			return because("correct the password in database.url, or: alter role "+quoteName(c.User)+" password '…'", "Postgres at %s refuses the password of role %s", where, c.User)
+		case pg.Code == "28000" && strings.Contains(pg.Message, "pg_hba.conf"):
+			return because("add to pg_hba.conf: host "+quoteName(c.Database)+" "+quoteName(c.User)+" <address of walhook> scram-sha-256, then select pg_reload_conf(); where it says \"no encryption\", sslmode=require in database.url may be enough",
+				"Postgres at %s does not let us in: %s", where, pg.Message)
+		case pg.Code == "28000" && strings.Contains(pg.Message, "does not exist"):
+			return because("correct the user in database.url, or run the SQL that `walhook init` prints", "there is no role %s at %s", c.User, where)
+		case pg.Code == "28000" && strings.Contains(pg.Message, "not permitted to log in"):
+			return because("alter role "+quoteName(c.User)+" with login", "role %s may not log in at %s", c.User, where)
+		case pg.Code == "3D000":
+			return because("correct the database in database.url, or: create database "+quoteName(c.Database), "there is no database %s at %s", c.Database, where)
+		case pg.Code == "42704", pg.Code == "22023":
+			return because("correct the parameters behind the ? of database.url", "Postgres at %s does not take a parameter of database.url: %s", where, pg.Message)
+		}
+		return f
+	}
+	var dns *net.DNSError
+	var timeout net.Error
+	var verify *tls.CertificateVerificationError
+	var header tls.RecordHeaderError
+	inner := strings.ReplaceAll(errors.Unwrap(connect).Error(), "\n", "; ")
+	switch {
+	case errors.As(err, &dns):
+		return because("correct the host in database.url, or the DNS of this machine", "the host %s of database.url cannot be looked up", c.Host)
+	case errors.As(err, &verify):
+		return because("name its authority in database.url (sslrootcert=/path), or use the name that the certificate is for; sslmode=require encrypts without looking at it", "the certificate of Postgres at %s is not trusted: %s", where, verify.Err)
+	case strings.Contains(inner, "refused TLS"), errors.As(err, &header):
+		return because("turn on ssl at the server, or, on a network that you trust, sslmode=disable in database.url", "Postgres at %s speaks no TLS, which sslmode in database.url asks for", where)
+	case strings.Contains(inner, "tls: "), strings.Contains(inner, "x509: "):
+		return because("see sslmode, sslrootcert, sslcert and sslkey in database.url", "no TLS with Postgres at %s: %s", where, inner)
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrNotExist):
+		return because("start Postgres there, or correct host and port in database.url", "nothing listens at %s: the connection was refused", where)
+	case errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, context.DeadlineExceeded):
+		return because("correct host and port in database.url, or let this machine through the firewall (on a cloud: security group, authorized networks)", "%s does not answer", where)
+	}
+	return f
+}
+
+// Examine is Inspect with a look around. It opens a replication connection too, and closes it.
+func Examine(ctx context.Context, cfg *Config) (*Survey, error) {
+	conn, err := cfg.connectSQL(ctx)
+	if err != nil {
+		return nil, connectFault(err)
+	}
+	defer closeSQL(conn)
+	s, err := survey(ctx, conn, cfg)
+	if err != nil {
+		return nil, FaultOf(err)
+	}
+	if s.Around, err = lookAround(ctx, conn, s); err != nil {
+		return nil, FaultOf(err)
+	}
+	if s.Replication && s.SendersFree > 0 { // else it is clear what would become of it
+		s.Around.System, err = cfg.tryReplication(ctx)
+		if err != nil {
+			s.Around.Replicating = connectFault(err)
+		}
+	}
+	return s, nil
+}
+
+func (cfg *Config) tryReplication(ctx context.Context) (system string, err error) {
+	conn, err := cfg.connectReplication(ctx, func(*pgconn.Notice) {})
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = conn.Conn().Close() }()
+	id, err := pglogrepl.IdentifySystem(ctx, conn)
+	if err != nil {
+		return "", fmt.Errorf("identify system: %w", err)
+	}
+	return id.SystemID, nil
+}
+
+const clockSQL = `
+select clock_timestamp()`
+
+const aroundSQL = `
+select coalesce((select a.application_name from pg_stat_activity a where a.pid = $1), ''),
+       coalesce((select setting::bigint from pg_settings where name = 'idle_replication_slot_timeout'), 0)`
+
+const greedySQL = `
+select slot_name, coalesce(active_pid, 0), coalesce(wal_status, ''), pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint
+from pg_replication_slots
+where slot_name <> $1
+and not pg_is_in_recovery()
+and wal_status in ('extended', 'unreserved')
+order by 4 desc
+limit 5`
+
+const namesSQL = `
+select n.nspname, c.relname
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'p')
+and not c.relispartition
+and n.nspname !~ '^pg_'
+and n.nspname not in ('information_schema', 'walhook')
+order by 1, 2
+limit $1`
+
+func lookAround(ctx context.Context, conn *pgx.Conn, s *Survey) (*Around, error) {
+	a := &Around{}
+	var theirs time.Time
+	before := time.Now()
+	if err := conn.QueryRow(ctx, clockSQL).Scan(&theirs); err != nil {
+		return nil, fmt.Errorf("read clock: %w", err)
+	}
+	a.Blur = time.Since(before) / 2
+	a.Clock = theirs.Sub(before.Add(a.Blur))
+
+	var pid int32
+	own := ""
+	if s.Slot != nil {
+		pid, own = s.Slot.ActivePID, s.Slot.Name
+	}
+	var idle int64 // seconds
+	if err := conn.QueryRow(ctx, aroundSQL, pid).Scan(&a.Holder, &idle); err != nil {
+		return nil, fmt.Errorf("look around: %w", err)
+	}
+	a.IdleTimeout = time.Duration(idle) * time.Second
+
+	rows, _ := conn.Query(ctx, greedySQL, own) // its error comes from CollectRows
+	greedy, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (o Slot, err error) {
+		err = r.Scan(&o.Name, &o.ActivePID, &o.WALStatus, &o.Retained)
+		return o, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read other slots: %w", err)
+	}
+	a.Greedy = greedy
+	rows, _ = conn.Query(ctx, namesSQL, maxNames)
+	if a.Names, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Table]); err != nil {
+		return nil, fmt.Errorf("read names of tables: %w", err)
+	}
+	socket := conn.PgConn().Conn()
+	_, a.Encrypted = socket.(*tls.Conn)
+	if to, ok := socket.RemoteAddr().(*net.TCPAddr); ok {
+		a.Remote = !to.IP.IsLoopback()
+	}
+	return a, nil
 }
 
 const surveySQL = `
@@ -116,6 +307,7 @@ select current_setting('server_version_num')::int,
        current_setting('max_replication_slots')::int - (select count(*)::int from pg_replication_slots),
        current_setting('max_wal_senders')::int - (select count(*)::int from pg_stat_replication),
        current_setting('synchronous_standby_names'),
+       current_setting('application_name'),
        (select setting::bigint from pg_settings where name = 'wal_sender_timeout')`
 
 const slotSQL = `
@@ -127,16 +319,17 @@ from pg_replication_slots s
 where slot_name = $1`
 
 const publicationSQL = `
-select pubname, puballtables, pubinsert, pubviaroot
+select pubname, puballtables, pubinsert, pubviaroot, pg_has_role(pubowner, 'usage')
 from pg_publication
 where pubname = $1`
 
 // The publication's view of a table knows row filters and column lists from 15 on; to_jsonb
 // reads them where they are. A table published by way of its partition root is listed under
-// the root's name.
+// the root's name. Where no list of columns says so, generated ones are not published.
 const tableSQL = `
 select c.oid, c.relkind::text, c.relpersistence = 'u',
-       has_table_privilege(c.oid, 'select'),
+       has_table_privilege(c.oid, 'select') and has_schema_privilege(n.oid, 'usage'),
+       pg_has_role(c.relowner, 'usage'),
        coalesce((select array_agg(a.attname::text order by a.attnum) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped), '{}'),
        coalesce((select array_agg(a.atttypid order by a.attnum) from pg_attribute a
@@ -147,8 +340,8 @@ select c.oid, c.relkind::text, c.relpersistence = 'u',
        coalesce(to_jsonb(p) ->> 'rowfilter', ''),
        coalesce((select array_agg(a.attname::text) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-                   and p.tablename is not null and to_jsonb(p) -> 'attnames' is not null
-                   and not to_jsonb(p) -> 'attnames' ? a.attname), '{}')
+                   and case when jsonb_typeof(to_jsonb(p) -> 'attnames') = 'array' then not to_jsonb(p) -> 'attnames' ? a.attname
+                            else a.attgenerated <> '' end), '{}')
 from pg_class c
 join pg_namespace n on n.oid = c.relnamespace
 left join pg_publication_tables p on p.pubname = $3 and p.schemaname = n.nspname and p.tablename = c.relname
@@ -159,7 +352,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 	var flushed string
 	var timeout int64 // milliseconds
 	err := conn.QueryRow(ctx, surveySQL).Scan(&s.Version, &s.Database, &s.Role, &s.WALLevel, &s.Recovering, &s.ReadOnly,
-		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &timeout)
+		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &s.Application, &timeout)
 	if err != nil {
 		return nil, fmt.Errorf("survey: %w", err)
 	}
@@ -171,7 +364,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		return nil, err
 	}
 	p := &Publication{}
-	err = conn.QueryRow(ctx, publicationSQL, cfg.Publication).Scan(&p.Name, &p.AllTables, &p.Insert, &p.ViaRoot)
+	err = conn.QueryRow(ctx, publicationSQL, cfg.Publication).Scan(&p.Name, &p.AllTables, &p.Insert, &p.ViaRoot, &p.Owned)
 	switch {
 	case err == nil:
 		s.Publication = p
@@ -184,7 +377,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		var types []uint32
 		var names []string
 		err := conn.QueryRow(ctx, tableSQL, t.Schema, t.Name, cfg.Publication).
-			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &names, &types, &f.Types, &f.Published, &f.RowFilter, &f.Unpublished)
+			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.RowFilter, &f.Unpublished)
 		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 			return nil, fmt.Errorf("read table %s: %w", t, err)
 		}
@@ -222,14 +415,16 @@ func readSlot(ctx context.Context, conn *pgx.Conn, name string) (*Slot, error) {
 // Finding is one line of what a Survey means: well, a warning, or a fault that keeps the
 // stream from running.
 type Finding struct {
-	Topic string // server, role, wal_level, table, publication, slot
+	Topic string // server, role, wal_level, table, publication, slot, limits
 	Text  string
 	Fault *Fault // nil where all is well
 	Warn  string // what might hurt later, with what to do; empty where nothing
+	Table *Found // what a topic table is about
 }
 
 // Findings judges the survey, in the order in which a start meets the obstacles. What
-// create may make by itself is not a fault while it is missing.
+// create may make by itself is not a fault while it is missing. What Examine looked at beside
+// the rest is judged where it did.
 func (s *Survey) Findings(cfg *Config) []Finding {
 	var out []Finding
 	ok := func(topic, format string, a ...any) {
@@ -273,21 +468,94 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 	} else {
 		ok("role", "role %s may replicate", s.Role)
 	}
+	if s.Around != nil {
+		s.judgeConnection(bad, warn)
+	}
 	for i := range s.Tables {
-		s.judgeTable(&s.Tables[i], cfg, ok, bad)
+		before := len(out)
+		s.judgeTable(&s.Tables[i], cfg, ok, bad, warn)
+		for j := range out[before:] {
+			out[before+j].Table = &s.Tables[i]
+		}
 	}
 	s.judgePublication(cfg, ok, bad)
-	s.judgeSlot(cfg, ok, bad)
+	s.judgeSlot(cfg, ok, bad, warn)
 	if s.KeepSize < 0 {
 		warn("limits", "max_slot_wal_keep_size is not limited", "while walhook is down, WAL is kept until the disk is full; alter system set max_slot_wal_keep_size = '10GB' (less than the free space) puts the database first")
 	}
-	if names := s.SyncNames; strings.Contains(names, "*") || strings.Contains(names, applicationName) {
-		warn("limits", "synchronous_standby_names is "+names, "it matches walhook, so every commit of the app would wait for its webhooks; name the real standbys instead")
+	if waitsFor(s.SyncNames, s.Application) {
+		warn("limits", "synchronous_standby_names is "+s.SyncNames, "it matches "+s.Application+", so every commit of the app would wait for its webhooks; name the real standbys instead")
+	}
+	if s.Around != nil {
+		s.judgeAround(warn)
 	}
 	return out
 }
 
-func (s *Survey) judgeTable(f *Found, cfg *Config, ok func(string, string, ...any), bad func(string, *Fault)) {
+// waitsFor tells whether synchronous_standby_names has commits wait for a walsender of that
+// application_name. In an unquoted list a * is everybody, and case does not count.
+func waitsFor(syncNames, application string) bool {
+	list := syncNames
+	if open := strings.IndexByte(list, '('); open >= 0 { // FIRST 2 (a, b)
+		list = strings.TrimSuffix(strings.TrimSpace(list[open+1:]), ")")
+	}
+	for name := range strings.SplitSeq(list, ",") {
+		name = strings.TrimSpace(name)
+		if name == "*" || name != "" && strings.EqualFold(strings.Trim(name, `"`), application) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Survey) judgeConnection(bad func(string, *Fault), warn func(string, string, string)) {
+	held := s.Slot != nil && s.Slot.ActivePID != 0
+	switch f := s.Around.Replicating; {
+	case s.SendersFree <= 0 && held:
+		warn("role", "no further replication connection is free", "max_wal_senders is exhausted: a second instance could not stand by; raise it and restart Postgres")
+	case s.SendersFree <= 0:
+		bad("role", &Fault{Reason: "no replication connection is free", Remedy: "raise max_wal_senders and restart Postgres, or end one that nobody needs (select * from pg_stat_replication)"})
+	case f != nil && f.State == Connecting && f.Remedy == "":
+		g := *f
+		g.Remedy = "a pooler in between does not pass replication on: give cdc the direct address in database.replication_url"
+		bad("role", &g)
+	case f != nil:
+		bad("role", f)
+	}
+	if s.Around.Remote && !s.Around.Encrypted {
+		warn("server", "the connection is not encrypted", "payloads cross the network as plain text; add sslmode=verify-full (or require) to database.url")
+	}
+}
+
+const (
+	clockTolerance = 30 * time.Second
+	idleTolerance  = 24 * time.Hour
+)
+
+func (s *Survey) judgeAround(warn func(string, string, string)) {
+	a := s.Around
+	for _, o := range a.Greedy {
+		use := "not in use"
+		if o.ActivePID != 0 {
+			use = fmt.Sprintf("in use by pid %d", o.ActivePID)
+		}
+		warn("limits", fmt.Sprintf("slot %s, %s, keeps %s of WAL", o.Name, use, bytesText(o.Retained)),
+			fmt.Sprintf("it is not walhook's, but fills the same disk; if nobody needs it: select pg_drop_replication_slot(%s)", quoteText(o.Name)))
+	}
+	if a.IdleTimeout > 0 && a.IdleTimeout < idleTolerance {
+		warn("limits", "idle_replication_slot_timeout is "+a.IdleTimeout.String(), "walhook's slot is lost when it is down for longer; alter system set idle_replication_slot_timeout = 0")
+	}
+	if off := a.Clock.Abs(); off > clockTolerance+a.Blur {
+		way := "ahead of"
+		if a.Clock < 0 {
+			way = "behind"
+		}
+		warn("clock", fmt.Sprintf("the server's clock is %s %s this machine's", off.Round(time.Second), way),
+			"latencies, retry times and max_age mean little, and receivers refuse timestamps that are minutes off; let both follow NTP")
+	}
+}
+
+func (s *Survey) judgeTable(f *Found, cfg *Config, ok func(string, string, ...any), bad func(string, *Fault), warn func(string, string, string)) {
 	switch {
 	case f.OID == 0:
 		bad("table", &Fault{Reason: "table " + f.String() + " does not exist in database " + s.Database, Remedy: "create it, or correct outbox[].table (upper and lower case count)"})
@@ -300,15 +568,48 @@ func (s *Survey) judgeTable(f *Found, cfg *Config, ok func(string, string, ...an
 		bad("table", &Fault{Reason: "publication " + cfg.Publication + " lacks table " + f.String(), Remedy: "alter publication " + quoteName(cfg.Publication) + " add table " + f.String()})
 	case f.RowFilter != "":
 		bad("table", &Fault{Reason: "publication " + cfg.Publication + " leaves out rows of " + f.String() + " by a row filter: " + f.RowFilter, Remedy: "alter publication " + quoteName(cfg.Publication) + " set table " + f.String()})
+	case s.Around != nil && !f.Select:
+		warn("table", "role "+s.Role+" may not read "+f.String(), "what is streamed needs no such right, but sending past rows again does: grant usage on schema "+quoteName(f.Schema)+" to "+quoteName(s.Role)+"; grant select on "+f.String()+" to "+quoteName(s.Role))
 	default:
 		ok("table", "table %s, %d columns", f, len(f.Columns))
 	}
 }
 
+// unpublished are the tables that are there and not in the publication yet.
+func (s *Survey) unpublished() (tables []Table, owned bool) {
+	owned = true
+	for _, f := range s.Tables {
+		if f.OID != 0 && !f.Published && (f.Kind == 'r' || f.Kind == 'p') {
+			tables, owned = append(tables, f.Table), owned && f.Owned
+		}
+	}
+	return tables, owned
+}
+
+// mayPublish says beforehand why the stream could not create the publication or add tables to it.
+func (s *Survey) mayPublish(cfg *Config) *Fault {
+	tables, owned := s.unpublished()
+	switch p := s.Publication; {
+	case p == nil && !s.CreateDB:
+		return &Fault{Reason: "role " + s.Role + " may not create publication " + cfg.Publication, Remedy: "as the owner of the tables: " + createPublication(cfg.Publication, tables)}
+	case p == nil && !owned:
+		return &Fault{Reason: "role " + s.Role + " may not publish " + tableList(tables) + ", which it does not own", Remedy: "as the owner: " + createPublication(cfg.Publication, tables)}
+	case p != nil && len(tables) > 0 && !(p.Owned && owned):
+		return &Fault{Reason: "publication " + cfg.Publication + " lacks " + tableList(tables) + ", and role " + s.Role + " may not add it", Remedy: "as the owner of both: " + addTables(cfg.Publication, tables)}
+	}
+	return nil
+}
+
 func (s *Survey) judgePublication(cfg *Config, ok func(string, string, ...any), bad func(string, *Fault)) {
 	p := s.Publication
 	name := quoteName(cfg.Publication)
+	var denied *Fault
+	if s.Around != nil && cfg.Create {
+		denied = s.mayPublish(cfg)
+	}
 	switch {
+	case p == nil && denied != nil:
+		bad("publication", denied)
 	case p == nil && cfg.Create:
 		ok("publication", "publication %s will be created", cfg.Publication)
 	case p == nil:
@@ -317,12 +618,14 @@ func (s *Survey) judgePublication(cfg *Config, ok func(string, string, ...any), 
 		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " does not publish inserts", Remedy: "alter publication " + name + " set (publish = 'insert')"})
 	case !p.ViaRoot && slices.ContainsFunc(s.Tables, func(f Found) bool { return f.Kind == 'p' }):
 		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " publishes partitions under their own names", Remedy: "alter publication " + name + " set (publish_via_partition_root = true)"})
+	case denied != nil:
+		bad("publication", denied)
 	default:
 		ok("publication", "publication %s", cfg.Publication)
 	}
 }
 
-func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad func(string, *Fault)) {
+func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad func(string, *Fault), warn func(string, string, string)) {
 	slot := s.Slot
 	if slot == nil {
 		switch {
@@ -351,11 +654,166 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 			why = "its WAL was removed"
 		}
 		bad("slot", &Fault{State: Lost, Reason: "slot " + slot.Name + " is invalid (" + why + "): events since " + slot.Confirmed.String() + " may be in the outbox table only", Remedy: remedyLost(slot.Name)})
+	case slot.ActivePID != 0 && s.Around != nil && s.Around.Holder != s.Application:
+		warn("slot", fmt.Sprintf("slot %s is in use by pid %d, which calls itself %q and not %s", slot.Name, slot.ActivePID, s.Around.Holder, s.Application),
+			"where that is no walhook, events go to it and walhook only stands by: choose another cdc.slot")
+	case slot.ActivePID != 0 && s.Around != nil:
+		ok("slot", "slot %s, in use by pid %d (%s: another instance would stand by), keeps %s of WAL", slot.Name, slot.ActivePID, s.Around.Holder, bytesText(slot.Retained))
 	case slot.ActivePID != 0:
 		ok("slot", "slot %s, in use by pid %d, keeps %s of WAL", slot.Name, slot.ActivePID, bytesText(slot.Retained))
 	default:
 		ok("slot", "slot %s, not in use, keeps %s of WAL", slot.Name, bytesText(slot.Retained))
 	}
+	switch slot.WALStatus {
+	case "unreserved":
+		warn("slot", "slot "+slot.Name+" is about to be lost: it keeps "+bytesText(slot.Retained)+" of WAL, more than max_slot_wal_keep_size",
+			"start walhook before the next checkpoint of Postgres, and raise max_slot_wal_keep_size")
+	case "extended":
+		warn("slot", "slot "+slot.Name+" keeps "+bytesText(slot.Retained)+" of WAL, more than max_wal_size",
+			"while walhook is down or behind, WAL piles up: start it; select pg_drop_replication_slot('"+slot.Name+"') only where its events are not wanted any more")
+	}
+}
+
+// JudgeCheckpoint tells what keeps a start from taking up the stream at the checkpoint. flushed
+// is how far the WAL was flushed after the checkpoint had been read; first is true where there
+// is no checkpoint.
+func (s *Survey) JudgeCheckpoint(cfg *Config, at, flushed LSN, first bool) *Fault {
+	if s.Slot == nil {
+		if first {
+			return nil
+		}
+		return &Fault{
+			State:  Lost,
+			Reason: "slot " + cfg.Slot + " is gone, although a checkpoint at " + at.String() + " tells of it: events since may be in the outbox table only",
+			Remedy: remedyLost(cfg.Slot),
+		}
+	}
+	now := *s
+	now.FlushLSN = max(s.FlushLSN, flushed)
+	if err := judgeCheckpoint(at, first, s.Slot, &now); err != nil {
+		return FaultOf(err)
+	}
+	return nil
+}
+
+// Schema is what one look finds of the schema walhook, where the checkpoint and what is parked live.
+type Schema struct {
+	Database string
+	Role     string
+	System   string // system_identifier; empty where it could not be asked
+	ReadOnly bool
+	CreateDB bool // the role may create in the database
+
+	Exists bool
+	Usage  bool
+	Create bool     // the role may create in it
+	Owned  bool     // the role may alter it and all that is in it
+	Denied []string // tables and functions in it that the role may not use
+
+	Version     int // of the last migration; zero where there is none, or where it cannot be read
+	Readable    bool
+	Checkpoints []Checkpointed
+	FlushLSN    LSN // how far the WAL was flushed after the checkpoints had been read
+}
+
+// Checkpointed is a row of walhook.checkpoints.
+type Checkpointed struct {
+	Slot     string
+	Instance string
+	System   string
+	Database string
+	LSN      LSN
+}
+
+const schemaSQL = `
+select current_database(), current_user, current_setting('transaction_read_only')::bool,
+       has_database_privilege(current_database(), 'create'),
+       n.oid is not null,
+       coalesce(has_schema_privilege(n.oid, 'usage'), false),
+       coalesce(has_schema_privilege(n.oid, 'create'), false),
+       coalesce(pg_has_role(n.nspowner, 'usage'), false)
+         and not exists (select from pg_class c where c.relnamespace = n.oid and not pg_has_role(c.relowner, 'usage')),
+       array(select c.relname::text from pg_class c where c.relnamespace = n.oid and c.relkind in ('r', 'p')
+             and not (has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
+                      and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete'))
+             order by 1)
+         || array(select p.proname || '()' from pg_proc p where p.pronamespace = n.oid and not has_function_privilege(p.oid, 'execute') order by 1),
+       exists (select from pg_class c where c.relnamespace = n.oid and c.relname = 'schema_migrations' and has_table_privilege(c.oid, 'select')),
+       exists (select from pg_class c where c.relnamespace = n.oid and c.relname = 'checkpoints' and has_table_privilege(c.oid, 'select'))
+from (select) as one
+left join pg_namespace n on n.nspname = 'walhook'`
+
+const schemaVersionSQL = `
+select coalesce(max(version), 0)
+from walhook.schema_migrations`
+
+const checkpointsSQL = `
+select slot, instance, system_identifier, database, lsn::text
+from walhook.checkpoints
+order by slot`
+
+const flushedSQL = `
+select (case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end)::text`
+
+const systemSQL = `
+select system_identifier::text
+from pg_control_system()`
+
+// InspectSchema looks at the schema walhook as the store's connections see it, which may go
+// another way than those of replication. The error is a *Fault.
+func InspectSchema(ctx context.Context, url func() (string, error)) (*Schema, error) {
+	conn, err := (&Config{URL: url}).connectSQL(ctx)
+	if err != nil {
+		return nil, connectFault(err)
+	}
+	defer closeSQL(conn)
+	sc, err := inspectSchema(ctx, conn)
+	if err != nil {
+		return nil, FaultOf(err)
+	}
+	return sc, nil
+}
+
+func inspectSchema(ctx context.Context, conn *pgx.Conn) (*Schema, error) {
+	sc := &Schema{}
+	var migrations, checkpoints bool
+	err := conn.QueryRow(ctx, schemaSQL).Scan(&sc.Database, &sc.Role, &sc.ReadOnly, &sc.CreateDB, &sc.Exists, &sc.Usage, &sc.Create, &sc.Owned,
+		&sc.Denied, &migrations, &checkpoints)
+	if err != nil {
+		return nil, fmt.Errorf("look at schema walhook: %w", err)
+	}
+	var pg *pgconn.PgError
+	err = conn.QueryRow(ctx, systemSQL).Scan(&sc.System)
+	if err != nil && !(errors.As(err, &pg) && pg.Code == "42501") { // everybody may, unless somebody revoked it
+		return nil, fmt.Errorf("identify server: %w", err)
+	}
+	if sc.Usage && migrations {
+		if err := conn.QueryRow(ctx, schemaVersionSQL).Scan(&sc.Version); err != nil {
+			return nil, fmt.Errorf("read version: %w", err)
+		}
+		sc.Readable = true
+	}
+	if sc.Usage && checkpoints {
+		rows, _ := conn.Query(ctx, checkpointsSQL) // its error comes from CollectRows
+		sc.Checkpoints, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (c Checkpointed, err error) {
+			var at string
+			if err = r.Scan(&c.Slot, &c.Instance, &c.System, &c.Database, &at); err == nil {
+				c.LSN, err = ParseLSN(at)
+			}
+			return c, err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read checkpoints: %w", err)
+		}
+	}
+	var flushed string
+	if err := conn.QueryRow(ctx, flushedSQL).Scan(&flushed); err != nil {
+		return nil, fmt.Errorf("read the end of the WAL: %w", err)
+	}
+	if sc.FlushLSN, err = ParseLSN(flushed); err != nil {
+		return nil, err
+	}
+	return sc, nil
 }
 
 func remedyLost(slot string) string {
@@ -381,6 +839,28 @@ func losesOnAddTable(version int) bool {
 }
 
 func quoteName(name string) string { return pgx.Identifier{name}.Sanitize() }
+
+func quoteText(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }
+
+func tableList(tables []Table) string {
+	names := make([]string, len(tables))
+	for i, t := range tables {
+		names[i] = t.String()
+	}
+	return strings.Join(names, ", ")
+}
+
+func createPublication(name string, tables []Table) string {
+	sql := "create publication " + quoteName(name)
+	if len(tables) > 0 {
+		sql += " for table " + tableList(tables)
+	}
+	return sql + " with (publish = 'insert', publish_via_partition_root = true)"
+}
+
+func addTables(publication string, tables []Table) string {
+	return "alter publication " + quoteName(publication) + " add table " + tableList(tables)
+}
 
 func bytesText(n int64) string {
 	switch {
@@ -459,4 +939,185 @@ func closeSQL(conn *pgx.Conn) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = conn.Close(ctx)
+}
+
+// What follows is the SQL that a DBA runs once. Each text can be run twice; the second time
+// changes nothing.
+
+// Address is where a database URL leads, and as whom.
+type Address struct {
+	User     string
+	Password string
+	Database string
+}
+
+// ReadURL reads a database URL with what the environment adds to it. The error is a *Fault.
+func ReadURL(url string) (Address, error) {
+	c, err := pgx.ParseConfig(url)
+	if err != nil {
+		return Address{}, FaultOf(err)
+	}
+	a := Address{User: c.User, Password: c.Password, Database: c.Database}
+	if a.Database == "" {
+		a.Database = a.User
+	}
+	return a, nil
+}
+
+// block is PL/pgSQL whose text may hold any name.
+func block(body string) string {
+	tag := "$walhook$"
+	for strings.Contains(body, tag) {
+		tag = tag[:len(tag)-1] + "_$"
+	}
+	return "do " + tag + "\nbegin\n" + body + "\nend " + tag + ";\n"
+}
+
+// RoleSQL makes the role. verifier is what Postgres is to keep as its password; the role can
+// log in with none where it is empty, until it is given one.
+func RoleSQL(role, verifier string) string {
+	password := ""
+	if verifier != "" {
+		password = " password " + quoteText(verifier)
+	}
+	return block("    if not exists (select from pg_roles where rolname = " + quoteText(role) + ") then\n" +
+		"        create role " + quoteName(role) + " login" + password + ";\n" +
+		"    end if;")
+}
+
+// ReplicationSQL lets the role replicate. Amazon RDS has a role for that instead of the attribute.
+func ReplicationSQL(role string) string {
+	return block("    if exists (select from pg_roles where rolname = " + quoteText(role) + " and (rolreplication or rolsuper)) then\n" +
+		"        return;\n" +
+		"    elsif exists (select from pg_roles where rolname = 'rds_replication') then\n" +
+		"        grant rds_replication to " + quoteName(role) + ";\n" +
+		"    else\n" +
+		"        alter role " + quoteName(role) + " with replication;\n" +
+		"    end if;")
+}
+
+// GrantSQL lets the role connect to the database it is run in, and read the tables.
+func GrantSQL(role string, tables []Table) string {
+	r := quoteName(role)
+	sql := block("    execute format('grant connect on database %I to %I', current_database(), " + quoteText(role) + ");")
+	var schemas []string
+	for _, t := range tables {
+		if !slices.Contains(schemas, t.Schema) {
+			schemas = append(schemas, t.Schema)
+			sql += "grant usage on schema " + quoteName(t.Schema) + " to " + r + ";\n"
+		}
+	}
+	for _, t := range tables {
+		sql += "grant select on table " + t.String() + " to " + r + ";\n"
+	}
+	return sql
+}
+
+// OwnerSQL gives the schema walhook, with all that is in it, to the role. Whoever is no
+// superuser must be a member of the role for that.
+func OwnerSQL(role string) string {
+	r, text := quoteName(role), quoteText(role)
+	id := quoteText(r) + "::regrole"
+	body := `declare
+    item text;
+begin
+    if not pg_has_role(current_user, ` + text + `, 'usage') then
+        execute format('grant ` + strings.ReplaceAll(strings.ReplaceAll(r, "%", "%%"), "'", "''") + ` to %I', current_user);
+    end if;
+    alter schema walhook owner to ` + r + `;
+    for item in
+        select format('table walhook.%I', c.relname) from pg_class c
+        where c.relnamespace = 'walhook'::regnamespace and c.relkind in ('r', 'p') and c.relowner <> ` + id + `
+        union all
+        select format('function %s', p.oid::regprocedure) from pg_proc p
+        where p.pronamespace = 'walhook'::regnamespace and p.proowner <> ` + id + `
+    loop
+        execute format('alter %s owner to %I', item, ` + text + `);
+    end loop;`
+	return strings.Replace(block(body), "\nbegin\ndeclare", "\ndeclare", 1)
+}
+
+// PublicationSQL makes the publication, or has it publish what the stream needs. The tables are
+// locked first: old minor versions lose the rows of a transaction that is open meanwhile.
+// It waits for one no longer than a few seconds, because everybody who writes would wait behind it.
+func PublicationSQL(name string, tables []Table) string {
+	n, text := quoteName(name), quoteText(name)
+	var b strings.Builder
+	b.WriteString("begin;\nset local lock_timeout = '5s';\n")
+	for _, t := range tables {
+		b.WriteString("lock table " + t.String() + " in share row exclusive mode;\n")
+	}
+	var body strings.Builder
+	body.WriteString("    if not exists (select from pg_publication where pubname = " + text + ") then\n" +
+		"        " + createPublication(name, tables) + ";\n" +
+		"        return;\n" +
+		"    end if;\n" +
+		"    if not (select pubinsert from pg_publication where pubname = " + text + ") then\n" +
+		"        alter publication " + n + " set (publish = 'insert');\n" +
+		"    end if;\n" +
+		"    if not (select pubviaroot from pg_publication where pubname = " + text + ") then\n" +
+		"        alter publication " + n + " set (publish_via_partition_root = true);\n" +
+		"    end if;")
+	for _, t := range tables {
+		body.WriteString("\n    if not exists (select from pg_publication_tables where pubname = " + text +
+			" and schemaname = " + quoteText(t.Schema) + " and tablename = " + quoteText(t.Name) + ") then\n" +
+			"        " + addTables(name, []Table{t}) + ";\n" +
+			"    end if;")
+	}
+	b.WriteString(block(body.String()) + "commit;\n")
+	return b.String()
+}
+
+// SlotSQL makes the slot. The stream does that by itself.
+func SlotSQL(slot string) string {
+	return "select pg_create_logical_replication_slot(" + quoteText(slot) + ", 'pgoutput');\n"
+}
+
+// RoleState is what LookAtRole finds.
+type RoleState struct {
+	Exists      bool
+	Replication bool // or superuser
+	Itself      bool // it is the role that looked
+}
+
+const roleSQL = `
+select current_user = $1,
+       exists (select from pg_roles where rolname = $1),
+       exists (select from pg_roles where rolname = $1 and (rolreplication or rolsuper))
+         or exists (select from pg_roles where rolname = 'rds_replication' and pg_has_role(coalesce((select oid from pg_roles where rolname = $1), 0), oid, 'usage'))`
+
+// LookAtRole asks whether the role is there. The error is a *Fault.
+func LookAtRole(ctx context.Context, url, role string) (RoleState, error) {
+	var s RoleState
+	conn, err := (&Config{URL: func() (string, error) { return url, nil }}).connectSQL(ctx)
+	if err != nil {
+		return s, connectFault(err)
+	}
+	defer closeSQL(conn)
+	if err := conn.QueryRow(ctx, roleSQL, role).Scan(&s.Itself, &s.Exists, &s.Replication); err != nil {
+		return s, FaultOf(fmt.Errorf("look for role: %w", err))
+	}
+	return s, nil
+}
+
+// Apply runs texts of SQL, each as it stands, one after the other on one connection, and tells
+// of each how it ended. It stops at the first that fails.
+func Apply(ctx context.Context, url string, texts []string, ended func(i int, err error)) error {
+	c, err := (&Config{URL: func() (string, error) { return url, nil }}).parse()
+	if err != nil {
+		return FaultOf(err)
+	}
+	conn, err := pgx.ConnectConfig(ctx, c)
+	if err != nil {
+		return connectFault(err)
+	}
+	defer closeSQL(conn)
+	for i, text := range texts {
+		_, err := conn.PgConn().Exec(ctx, text).ReadAll()
+		ended(i, err)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -596,12 +596,16 @@ func (p *plan) fill() {
 var guesses = [numParts][]string{
 	partID:   {"id", "event_id", "message_id", "uuid", "event_uuid", "message_uuid", "event_identifier", "guid", "outbox_id"},
 	partType: {"event_type", "type", "message_type", "event_name", "topic", "name"},
-	partKey: {"aggregate_id", "aggregate_identifier", "aggregate_uuid", "partition_key", "ordering_key", "message_key", "key",
-		"entity_id", "stream_id", "routing_key"},
+	partKey: {
+		"aggregate_id", "aggregate_identifier", "aggregate_uuid", "partition_key", "ordering_key", "message_key", "key",
+		"entity_id", "stream_id", "routing_key",
+	},
 	partData:    {"payload", "data", "body", "event_data", "event_payload", "message_body", "content", "message", "event_body", "serialized_event"},
 	partHeaders: {"headers", "metadata", "attributes", "meta", "event_headers", "message_headers"},
-	partTime: {"created_at", "occurred_at", "occurred_on", "event_time", "event_timestamp", "timestamp", "time", "inserted_at",
-		"created", "created_on", "creation_time", "publication_date"},
+	partTime: {
+		"created_at", "occurred_at", "occurred_on", "event_time", "event_timestamp", "timestamp", "time", "inserted_at",
+		"created", "created_on", "creation_time", "publication_date",
+	},
 }
 
 // wanted says of what type the column of a part is.

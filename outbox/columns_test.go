@@ -121,31 +121,38 @@ func TestDetection(t *testing.T) {
 		want    string
 	}{
 		{
-			"debezium", []string{"id uuid", "aggregatetype varchar", "aggregateid varchar", "type varchar", "payload jsonb"},
+			"debezium",
+			[]string{"id uuid", "aggregatetype varchar", "aggregateid varchar", "type varchar", "payload jsonb"},
 			"id: id (uuid), type: type (character varying), key: aggregateid (character varying), data: payload (jsonb), tenant: none, headers: none, time: none",
 		},
 		{
-			"case and underscores", []string{"Id bigint", "EventType text", "AggregateId bigint", "Payload json", "OccurredAt timestamp"},
+			"case and underscores",
+			[]string{"Id bigint", "EventType text", "AggregateId bigint", "Payload json", "OccurredAt timestamp"},
 			"id: Id (bigint), type: EventType (text), key: AggregateId (bigint), data: Payload (json), tenant: none, headers: none, time: OccurredAt (timestamp)",
 		},
 		{
-			"MassTransit", []string{"SequenceNumber bigint", "MessageId uuid", "MessageType text", "Body text", "Headers text", "SentTime timestamptz"},
+			"MassTransit",
+			[]string{"SequenceNumber bigint", "MessageId uuid", "MessageType text", "Body text", "Headers text", "SentTime timestamptz"},
 			"id: MessageId (uuid), type: MessageType (text), key: none, data: Body (text), tenant: none, headers: Headers (text), time: none",
 		},
 		{
-			"CAP", []string{"Id bigint", "Version varchar", "Name varchar", "Content text", "Added timestamp"},
+			"CAP",
+			[]string{"Id bigint", "Version varchar", "Name varchar", "Content text", "Added timestamp"},
 			"id: Id (bigint), type: Name (character varying), key: none, data: Content (text), tenant: none, headers: none, time: none",
 		},
 		{
-			"the contract's names come first", []string{"uuid uuid", "id bigint", "name text", "type text", "event_type text", "data jsonb", "payload jsonb", "occurred_at timestamptz", "created_at timestamptz", "key text", "aggregate_id text"},
+			"the contract's names come first",
+			[]string{"uuid uuid", "id bigint", "name text", "type text", "event_type text", "data jsonb", "payload jsonb", "occurred_at timestamptz", "created_at timestamptz", "key text", "aggregate_id text"},
 			"id: id (bigint), type: event_type (text), key: aggregate_id (text), data: payload (jsonb), tenant: none, headers: none, time: created_at (timestamptz)",
 		},
 		{
-			"unlikely types are passed over", []string{"id uuid", "type integer", "topic enum", "payload boolean", "data bytea", "headers hstore", "metadata text", "key jsonb", "time interval", "timestamp text"},
+			"unlikely types are passed over",
+			[]string{"id uuid", "type integer", "topic enum", "payload boolean", "data bytea", "headers hstore", "metadata text", "key jsonb", "time interval", "timestamp text"},
 			"id: id (uuid), type: topic (user type 16400), key: none, data: data (bytea), tenant: none, headers: none, time: none",
 		},
 		{
-			"lower case wins over its double", []string{"Payload jsonb", "payload json", "id uuid", "type text"},
+			"lower case wins over its double",
+			[]string{"Payload jsonb", "payload json", "id uuid", "type text"},
 			"id: id (uuid), type: type (text), key: none, data: payload (json), tenant: none, headers: none, time: none",
 		},
 	} {
@@ -183,7 +190,8 @@ func TestSchemaErrorSaysWhatToWrite(t *testing.T) {
 		golden string
 	}{
 		{
-			"nothing found", Source{Table: "events", IDPrefix: "e_"},
+			"nothing found",
+			Source{Table: "events", IDPrefix: "e_"},
 			relation("events", "number integer", "kind enum", "subject text", "blob jsonb", "occurred_at timestamptz"),
 			`outbox[0] (public.events): columns.id: not found by name; looked for id, event_id, message_id, uuid, event_uuid, message_uuid, event_identifier, guid, outbox_id (in any case, with or without underscores): a column of uuid, integer or text
 columns.type: not found by name; looked for event_type, type, message_type, event_name, topic, name (in any case, with or without underscores): a column of text
@@ -202,7 +210,8 @@ outbox:
 `,
 		},
 		{
-			"nothing there", Source{Table: `"My Schema"."Out.box"`},
+			"nothing there",
+			Source{Table: `"My Schema"."Out.box"`},
 			relation(`"My Schema"."Out.box"`, "amount numeric"),
 			`outbox[0] ("My Schema"."Out.box"): columns.id: not found by name; looked for id, event_id, message_id, uuid, event_uuid, message_uuid, event_identifier, guid, outbox_id (in any case, with or without underscores): a column of uuid, integer or text
 columns.type: not found by name; looked for event_type, type, message_type, event_name, topic, name (in any case, with or without underscores): a column of text
@@ -223,7 +232,8 @@ alter table "My Schema"."Out.box" add column id uuid not null default gen_random
 `,
 		},
 		{
-			"configured and missing", Source{
+			"configured and missing",
+			Source{
 				Table: "outbox", Type: Column{Name: "eventType"}, Data: Column{Expr: "{'a': row.payloud}"},
 				Tenant: Column{Name: "customer"}, Headers: Column{Name: "id"}, Key: Column{Constant: true},
 			},

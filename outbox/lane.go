@@ -72,6 +72,7 @@ type item struct {
 	fresh    bool  // flying: counts against the lane's limit, not only against its concurrency
 	stored   bool  // it has a row in walhook.deliveries, or one on its way there
 	changes  int   // of its row, not yet committed
+	changed  bool  // its row was changed after the insert, so that a load may have seen an older state
 	span     *span // what it owes in the ledger; nil once settled, or read back from the store
 	next     *item // in the list of owed
 	prev     *item
@@ -327,6 +328,7 @@ func (l *Lane) put(it *item, c Change, done func()) {
 	c.EndpointID, c.Event, c.OrderKey = l.id, it.event, it.key
 	c.Attempts = it.attempts
 	it.changes++
+	it.changed = it.changed || !c.Insert
 	l.relay.journal.put(c, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -349,13 +351,14 @@ func (l *Lane) leave(it *item) {
 }
 
 // forget drops what memory knows of a delivery that has left. A load under way may have read
-// its row before the last change, so it is passed over until that load has ended.
+// its row before it was changed, so such a row is passed over until that load has ended; one
+// that was only inserted is what a load is to find.
 func (l *Lane) forget(it *item) {
 	if it.state != left || it.changes > 0 || it.event == nil {
 		return
 	}
 	if pos := it.event.Position; it.stored && l.held[pos] == it {
-		if l.loading {
+		if l.loading && it.changed {
 			l.ghosts = append(l.ghosts, pos)
 		} else {
 			delete(l.held, pos)

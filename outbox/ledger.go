@@ -42,13 +42,17 @@ type span struct {
 	prev, next *span
 }
 
-// minWindow is how many events are in memory at least before intake waits.
-const minWindow = 512
+// minWindow is how many events are in memory at least before intake waits, startWindow how many
+// until it has shown how fast they leave.
+const (
+	minWindow   = 512
+	startWindow = 2048
+)
 
 // NewLedger makes a Ledger for at most that many events and bytes in memory.
 func NewLedger(maxEvents int, maxBytes int64) *Ledger {
 	l := &Ledger{maxEvents: int64(maxEvents), maxBytes: maxBytes}
-	l.window.Store(l.maxEvents)
+	l.window.Store(min(startWindow, l.maxEvents))
 	l.wait.Store(-1)
 	return l
 }

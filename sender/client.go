@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"sync"
 	"time"
 
@@ -31,6 +32,7 @@ const (
 	idleConnTimeout    = 75 * time.Second
 	maxIdlePerHost     = 256 // four lanes of the default concurrency on one host
 	defaultMaxIdle     = 1024
+	maxKept            = 4 // dead ones to meet in one attempt
 	tlsSessionsPerPool = 512
 
 	// HTTP/2 connections that died in silence are noticed within one default attempt (golang/go#30702).
@@ -152,7 +154,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outb
 	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
 	defer timer.Stop()
 
-	res, err := t.rt.RoundTrip(req)
+	res, err := t.trip(ctx, req)
 	r := result{err: err}
 	if err == nil {
 		r.status, r.retryAfter = res.StatusCode, res.Header.Get("Retry-After")
@@ -178,6 +180,28 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outb
 	}
 	drain(res)
 	return o, effect
+}
+
+// trip makes the request, and makes it again where a connection that was kept turns out to be
+// dead: its end says nothing of how the receiver fares, so it costs no attempt. net/http does
+// so by itself (see target.header), but not where part of a body larger than its buffer was written.
+func (t *target) trip(ctx context.Context, req *http.Request) (*http.Response, error) {
+	var kept bool
+	traced := req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(c httptrace.GotConnInfo) { kept = c.Reused },
+	}))
+	for tries := 1; ; tries++ {
+		kept = false
+		res, err := t.rt.RoundTrip(traced)
+		if err == nil || !kept || tries > maxKept || ctx.Err() != nil || !connectionEnded(err) {
+			return res, err
+		}
+		again := *traced
+		if again.ContentLength > 0 {
+			again.Body, _ = req.GetBody()
+		}
+		traced = &again
+	}
 }
 
 // drain reads a small body to its end, so that its connection can be used again, and leaves a
@@ -219,7 +243,7 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 	t.rt = c.acquire(t)
 	policy := policyOf(e)
 	if old == nil {
-		t.codes = &codes{endpoint: e.ID, attempts: c.metrics.attempts, by: make(map[code]prometheus.Counter)}
+		t.codes = c.metrics.codes(e.ID)
 		t.circuit = newCircuit(policy, false, c.teller(e.ID))
 		c.metrics.breaker.WithLabelValues(e.ID).Set(float64(Closed))
 		c.warnUnsigned(t)
@@ -271,7 +295,7 @@ func (c *Client) Forget(endpointID string) {
 	}
 	delete(c.targets, endpointID)
 	t.circuit.retire()
-	c.metrics.forget(endpointID)
+	c.metrics.forget(t.codes)
 	c.release(t)
 }
 

@@ -2,6 +2,7 @@ package sender
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net/http"
 	"runtime"
@@ -123,6 +124,53 @@ walhook_breaker_state{endpoint="billing"} 0
 	require.Zero(t, testutil.CollectAndCount(b.metrics.attempts))
 	require.Zero(t, testutil.CollectAndCount(b.metrics.breaker))
 	require.Empty(t, b.targets)
+}
+
+func TestAnAttemptInFlightBringsNoForgottenSeriesBack(t *testing.T) {
+	var b *bundle
+	b = setup(t, fake(func(*http.Request) (*http.Response, error) {
+		b.Forget("billing")
+		return answer(200)
+	}))
+	require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/")).Verdict)
+	require.Zero(t, testutil.CollectAndCount(b.metrics.attempts))
+	require.Zero(t, testutil.CollectAndCount(b.metrics.breaker))
+}
+
+func TestAReceiverCannotMakeSeriesWithoutEnd(t *testing.T) {
+	status := 399
+	b := setup(t, fake(func(*http.Request) (*http.Response, error) {
+		status++
+		return answer(status)
+	}))
+	e := endpoint("https://x.example/", func(e *outbox.Endpoint) { e.Breaker = outbox.BreakerPolicy{} })
+	for range 200 {
+		b.send(e)
+	}
+	require.Equal(t, maxCodes+1, testutil.CollectAndCount(b.metrics.attempts))
+}
+
+// FAULTS 103.
+func TestAHangingEndpointSlowsNoOther(t *testing.T) {
+	hanging, healthy := sendertest.New(t, sendertest.Config{}), sendertest.New(t, sendertest.Config{})
+	hanging.Script(sendertest.Times(64, sendertest.Hang())...)
+	b := setup(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for range 64 {
+		all.Go(func() {
+			b.Send(ctx, outbox.Attempt{Event: event(), Endpoint: endpoint(hanging.URL()), Number: 1})
+		})
+	}
+	require.NoError(t, hanging.WaitFor(ctx, 64))
+	e := endpoint(healthy.URL(), func(e *outbox.Endpoint) { e.ID = "healthy" })
+	for range 200 {
+		begin := time.Now()
+		require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+		require.Less(t, time.Since(begin), time.Second)
+	}
+	cancel()
+	all.Wait()
 }
 
 func TestTwoClientsCannotShareARegistry(t *testing.T) {

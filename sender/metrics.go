@@ -47,19 +47,29 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, nil
 }
 
-// forget drops the series of an endpoint.
-func (m *metrics) forget(endpoint string) {
-	m.attempts.DeletePartialMatch(prometheus.Labels{"endpoint": endpoint})
-	m.breaker.DeleteLabelValues(endpoint)
+// forget drops the series of an endpoint. An attempt still in flight brings none of them back.
+func (m *metrics) forget(c *codes) {
+	c.mu.Lock()
+	c.by = nil
+	c.mu.Unlock()
+	m.attempts.DeletePartialMatch(prometheus.Labels{"endpoint": c.endpoint})
+	m.breaker.DeleteLabelValues(c.endpoint)
 }
+
+// maxCodes bounds the series that a receiver can make by answering with ever new statuses.
+const maxCodes = 64
 
 // codes are the counters of one endpoint's attempts, looked up without making a label.
 type codes struct {
 	endpoint string
 	attempts *prometheus.CounterVec
 
-	mu sync.RWMutex // guards by
-	by map[code]prometheus.Counter
+	mu sync.RWMutex                // guards by
+	by map[code]prometheus.Counter // nil when the endpoint is forgotten
+}
+
+func (m *metrics) codes(endpoint string) *codes {
+	return &codes{endpoint: endpoint, attempts: m.attempts, by: make(map[code]prometheus.Counter)}
 }
 
 // code is a status, or the reason where there was none.
@@ -77,14 +87,27 @@ func (c *codes) inc(o outbox.Outcome) {
 	counter := c.by[k]
 	c.mu.RUnlock()
 	if counter == nil {
-		label := string(k.reason)
-		if k.status != 0 {
-			label = strconv.Itoa(k.status)
+		if counter = c.add(k); counter == nil {
+			return
 		}
-		counter = c.attempts.WithLabelValues(c.endpoint, label)
-		c.mu.Lock()
-		c.by[k] = counter
-		c.mu.Unlock()
 	}
 	counter.Inc()
+}
+
+// add makes the counter of a code that is new to the endpoint; nil when that is forgotten.
+func (c *codes) add(k code) prometheus.Counter {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.by == nil || c.by[k] != nil {
+		return c.by[k]
+	}
+	label := string(k.reason)
+	if k.status != 0 {
+		label = strconv.Itoa(k.status)
+	}
+	if len(c.by) >= maxCodes {
+		return c.attempts.WithLabelValues(c.endpoint, "other")
+	}
+	c.by[k] = c.attempts.WithLabelValues(c.endpoint, label)
+	return c.by[k]
 }

@@ -154,11 +154,11 @@ func fault(err error) (outbox.Reason, string) {
 		}
 		return outbox.ReasonConnect, "connect" + to + ": " + errno(err)
 	}
-	if strings.HasPrefix(err.Error(), "net/http: server response headers exceeded") ||
+	if strings.Contains(err.Error(), "server response headers exceeded") ||
 		strings.Contains(err.Error(), "response header list larger") {
 		return outbox.ReasonProtocol, fmt.Sprintf("the answer's headers are larger than %d bytes", maxHeaderBytes)
 	}
-	if broken(err) {
+	if connectionEnded(err) || strings.Contains(err.Error(), "; received from peer") {
 		return outbox.ReasonReset, "the connection broke before an answer: " + errno(err)
 	}
 	if _, ok := errors.AsType[textproto.ProtocolError](err); ok || strings.Contains(err.Error(), "malformed") {
@@ -167,8 +167,8 @@ func fault(err error) (outbox.Reason, string) {
 	return outbox.ReasonProtocol, "no valid HTTP answer came back"
 }
 
-// broken tells whether err is a connection that ended under a request.
-func broken(err error) bool {
+// connectionEnded tells whether err is a connection that ended under a request.
+func connectionEnded(err error) bool {
 	for _, known := range []error{
 		io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe, net.ErrClosed,
 		syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED, syscall.ENETRESET,
@@ -180,7 +180,7 @@ func broken(err error) bool {
 	// net/http and its HTTP/2 export neither types nor sentinels for these.
 	text := err.Error()
 	for _, known := range []string{
-		"server closed idle connection", "client connection lost", "GOAWAY", "received from peer",
+		"server closed idle connection", "client connection lost", "GOAWAY",
 		"client connection force closed", "client conn could not be established", "client conn not usable",
 	} {
 		if strings.Contains(text, known) {
@@ -198,7 +198,10 @@ func tlsFault(err error) (string, bool) {
 	if _, ok := errors.AsType[x509.SystemRootsError](err); ok {
 		return "this host has no system certificate authorities; give tls.ca", true
 	}
-	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+	if record, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		if string(record.RecordHeader[:]) == "HTTP/" {
+			return "the receiver answers in plain HTTP, not TLS", true
+		}
 		return "the receiver does not speak TLS", true
 	}
 	if alert, ok := errors.AsType[tls.AlertError](err); ok {
@@ -207,11 +210,7 @@ func tlsFault(err error) (string, bool) {
 	if op, ok := errors.AsType[*net.OpError](err); ok && (op.Op == "remote error" || op.Op == "local error") {
 		return "the handshake failed: " + op.Err.Error(), true
 	}
-	text := err.Error()
-	switch {
-	case strings.Contains(text, "server gave HTTP response to HTTPS client"):
-		return "the receiver answers in plain HTTP, not TLS", true
-	case strings.HasPrefix(text, "tls: "), strings.HasPrefix(text, "x509: "), strings.HasPrefix(text, "remote error: tls: "):
+	if text := err.Error(); strings.HasPrefix(text, "tls: ") || strings.HasPrefix(text, "x509: ") {
 		return text, true
 	}
 	return "", false

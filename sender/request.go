@@ -27,8 +27,12 @@ const (
 	headerTraceparent = "traceparent"
 )
 
-// body is a request's body in pieces: the payload is the event's own bytes, never a copy.
-// It is immutable, because net/http may still be reading it after an answer came.
+// oneWrite is up to how many bytes a body is worth a copy: in one piece that net/http knows
+// how to read, it goes out with its headers in one packet.
+const oneWrite = 3 << 10
+
+// body is a request's body. A large one stays in pieces, of which the payload is the event's
+// own bytes. It is immutable: net/http may still be reading it after an answer came.
 type body struct {
 	parts [3][]byte
 }
@@ -38,7 +42,12 @@ func (b *body) size() int64 {
 }
 
 // open returns a reader from the body's beginning; it is the request's GetBody.
-func (b *body) open() (io.ReadCloser, error) { return &bodyReader{rest: b.parts}, nil }
+func (b *body) open() (io.ReadCloser, error) {
+	if len(b.parts[1])+len(b.parts[2]) == 0 {
+		return io.NopCloser(bytes.NewReader(b.parts[0])), nil
+	}
+	return &bodyReader{rest: b.parts}, nil
+}
 
 type bodyReader struct {
 	rest [3][]byte
@@ -115,7 +124,7 @@ func render(e *outbox.Event, to *outbox.Endpoint) (*body, string, *unsendable) {
 	b, contentType := new(body), "application/json"
 	switch to.Format {
 	case outbox.FormatRaw:
-		b.parts[1] = e.Data
+		b.parts[0] = e.Data
 		if !e.JSON {
 			if contentType = "application/octet-stream"; utf8.Valid(e.Data) {
 				contentType = "text/plain; charset=utf-8"
@@ -125,11 +134,19 @@ func render(e *outbox.Event, to *outbox.Endpoint) (*body, string, *unsendable) {
 		if !e.JSON || len(e.Data) == 0 {
 			return nil, "", &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
 		}
-		head, ok := appendEnvelope(make([]byte, 0, len(e.Type)+96), e)
+		room := len(e.Type) + 96
+		if len(e.Data) <= oneWrite {
+			room += len(e.Data)
+		}
+		head, ok := appendEnvelope(make([]byte, 0, room), e)
 		if !ok {
 			return nil, "", &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
 		}
-		b.parts = [3][]byte{head, e.Data, envelopeEnd}
+		if len(e.Data) <= oneWrite {
+			b.parts[0] = append(append(head, e.Data...), '}')
+		} else {
+			b.parts = [3][]byte{head, e.Data, envelopeEnd}
+		}
 	default:
 		return nil, "", &unsendable{outbox.ReasonBadRequest, "the endpoint's format is unknown"}
 	}

@@ -83,10 +83,9 @@ with batch as materialized (
 	order by commit_lsn, ordinal
 	limit $5
 ), buried as (
-	update walhook.deliveries d
+	update walhook.deliveries
 	set state = 'dead', reason = $2, next_attempt_at = null
-	from batch b
-	where d.id = b.id
+	where id = any(array(select id from batch))
 )
 select commit_lsn::text, ordinal, count(*) over ()
 from batch
@@ -119,16 +118,23 @@ func (s *Store) Bury(ctx context.Context, endpointID string, reason outbox.Reaso
 // gcBatch is how many events one transaction of GC looks at.
 const gcBatch = 1000
 
+// Lateral and with a limit, else Postgres may read all deliveries to answer for a batch.
 const findOrphans = `
-select e.id, not exists (
-	select
-	from walhook.deliveries d
-	where d.event_id = e.id
-)
-from walhook.events e
-where e.id > $1
-order by e.id
-limit $2`
+select e.id, d.needed is null
+from (
+	select id
+	from walhook.events
+	where id > $1
+	order by id
+	limit $2
+) e
+left join lateral (
+	select true as needed
+	from walhook.deliveries
+	where event_id = e.id
+	limit 1
+) d on true
+order by e.id`
 
 // GC deletes the events that no delivery needs, which only SQL by hand leaves behind. It reads
 // the ids of all events, in batches.

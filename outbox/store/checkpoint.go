@@ -123,7 +123,7 @@ func (s *Store) Claim(ctx context.Context, systemIdentifier string, first cdc.LS
 		return Claimed{}, fmt.Errorf("claim checkpoint: %w", err)
 	}
 	var claimed Claimed
-	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(tx pgx.Tx) (err error) {
+	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return fmt.Errorf("settings: %w", err)
 		}

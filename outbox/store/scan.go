@@ -23,8 +23,7 @@ with page as materialized (
 		d.order_key, d.attempts, d.next_attempt_at, d.commit_lsn, d.ordinal
 	from walhook.deliveries d
 	join walhook.events e on e.id = d.event_id
-	where d.endpoint_id = $1
-	and d.state = 'parked'`
+	where d.state = 'parked'`
 
 	pageEnd = `
 	limit $2::int + 1
@@ -48,11 +47,13 @@ order by n`
 	byPosition = `commit_lsn, ordinal`
 
 	scanAll = pageStart + `
+	and d.endpoint_id = $1
 	and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
 	and d.order_key not in (select unnest($6::text[]))
 	order by d.commit_lsn, d.ordinal` + pageEnd
 
 	scanKey = pageStart + `
+	and coalesce(d.endpoint_id, '') = $1
 	and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
 	and hashtextextended(d.order_key, 0) = hashtextextended($6::text, 0)
 	and d.order_key = $6
@@ -60,6 +61,7 @@ order by n`
 	order by d.commit_lsn, d.ordinal` + pageEnd
 
 	scanDue = pageStart + `
+	and d.endpoint_id = $1
 	and d.order_key = ''
 	and d.next_attempt_at <= $4
 	order by d.next_attempt_at, d.commit_lsn, d.ordinal` + pageEnd

@@ -115,8 +115,9 @@ func connConfig(read func() (string, error)) (*pgx.ConnConfig, error) {
 	return c, nil
 }
 
-// begin does not trust the role's defaults: our locks need read committed.
-const begin = `begin isolation level read committed read write`
+// begin does not trust the role's defaults: our locks need read committed. But where somebody
+// made the server read-only, as some do when its disk is full, it stays so for us too.
+const begin = `begin isolation level read committed`
 
 // settings hold until the transaction ends. All our statements look rows up by index; the
 // planner's statistics of a queue are wrong whenever it matters, and a plan that reads the

@@ -138,23 +138,13 @@ func TestSettingsOfTheRoleDoNotMatter(t *testing.T) {
 	})
 }
 
-func TestReadOnlyByDefaultIsWritten(t *testing.T) {
+func TestReadOnlyServerIsLeftAlone(t *testing.T) {
 	b := setup(t)
 	var name string
 	b.query("select quote_ident(current_database())", &name)
 	b.exec("alter database " + name + " set default_transaction_read_only = on")
-	// Not a session that we may choose: target_session_attrs would refuse it.
-	s := open(t, b.url+sep(b.url)+"target_session_attrs=any", "walhook", "default")
-	_, err := s.LoadEndpointStates(t.Context())
-	require.NoError(t, err)
-	require.NoError(t, s.SaveEndpointState(t.Context(), EndpointState{EndpointID: "a", Since: time.Now()}))
-}
-
-func sep(address string) string {
-	if strings.Contains(address, "?") {
-		return "&"
-	}
-	return "?"
+	err := open(t, b.url, "walhook", "default").Write(t.Context(), []outbox.Change{park(1)})
+	require.ErrorContains(t, err, "read only connection")
 }
 
 func TestParkingIsDurableWhateverTheDefault(t *testing.T) {

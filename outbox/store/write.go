@@ -54,9 +54,7 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	for part := range chunks(inserts, rowSize) {
 		steps = append(steps, insertDeliveriesStep(part, ascii))
 	}
-	for part := range chunks(updates, rowSize) {
-		steps = append(steps, updateDeliveriesStep(part, ascii))
-	}
+	steps = append(steps, updateSteps(updates, ascii)...)
 	steps = append(steps, removeSteps(gone)...)
 	if err := s.held(ctx, steps); err != nil {
 		return fmt.Errorf("write deliveries: %w", err)
@@ -173,26 +171,29 @@ func insertDeliveriesStep(changes []outbox.Change, ascii bool) step {
 }
 
 // What the last attempt met stays until another attempt has met something.
-const updateDeliveries = `
-update walhook.deliveries d
+//
+// It is a statement for each row, all sent at once. As one statement it would be a join, and
+// against a table whose statistics are of a quieter hour Postgres may read all of it for each row.
+const updateDelivery = `
+update walhook.deliveries
 set
-	state = c.state,
-	reason = coalesce(nullif(c.reason, ''), d.reason),
-	attempts = c.attempts,
-	next_attempt_at = c.next_attempt_at,
-	last_status = case when c.status = 0 and c.detail = '' then d.last_status else nullif(c.status, 0) end,
-	last_error = case when c.status = 0 and c.detail = '' then d.last_error else nullif(c.detail, '') end
-from unnest(
-	$1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::timestamptz[], $7::int[], $8::text[]
-) as c (endpoint_id, event_id, state, reason, attempts, next_attempt_at, status, detail)
-where d.event_id = c.event_id
-and coalesce(d.endpoint_id, '') = c.endpoint_id`
+	state = $3,
+	reason = coalesce(nullif($4, ''), reason),
+	attempts = $5,
+	next_attempt_at = $6,
+	last_status = case when $7 = 0 and $8 = '' then last_status else nullif($7, 0) end,
+	last_error = case when $7 = 0 and $8 = '' then last_error else nullif($8, '') end
+where event_id = $2
+and coalesce(endpoint_id, '') = $1`
 
-func updateDeliveriesStep(changes []outbox.Change, ascii bool) step {
-	r := newRows(changes, ascii)
-	return step{what: "update deliveries", sql: updateDeliveries, args: []any{
-		r.endpoint, r.event, r.state, r.reason, r.attempts, r.due, r.status, r.detail,
-	}}
+func updateSteps(changes []outbox.Change, ascii bool) []step {
+	r, steps := newRows(changes, ascii), make([]step, len(changes))
+	for i := range changes {
+		steps[i] = step{what: "update delivery", sql: updateDelivery, args: []any{
+			r.endpoint[i], r.event[i], r.state[i], r.reason[i], r.attempts[i], r.due[i], r.status[i], r.detail[i],
+		}}
+	}
+	return steps
 }
 
 // rows are changes turned by a quarter: one array a column.
@@ -219,11 +220,21 @@ func newRows(changes []outbox.Change, ascii bool) rows {
 	return r
 }
 
+// Each row is looked up by itself, and the rows then by their ids. As a join it would invite
+// Postgres to read the whole table for each of them, where its statistics are of a quieter hour.
 const deleteDeliveries = `
-delete from walhook.deliveries d
-using unnest($1::text[], $2::text[]) as c (endpoint_id, event_id)
-where d.event_id = c.event_id
-and coalesce(d.endpoint_id, '') = c.endpoint_id`
+delete from walhook.deliveries
+where id = any(array(
+	select d.id
+	from unnest($1::text[], $2::text[]) as c (endpoint_id, event_id)
+	cross join lateral (
+		select id
+		from walhook.deliveries
+		where event_id = c.event_id
+		and coalesce(endpoint_id, '') = c.endpoint_id
+		limit 1
+	) d
+))`
 
 // An event is locked before it is asked whether a delivery needs it, and in a statement of its
 // own: the next one then sees the deliveries of all who had the lock before us.
@@ -238,13 +249,18 @@ from (
 ) locked`
 
 const deleteEvents = `
-delete from walhook.events e
-where e.id = any($1::text[])
-and not exists (
-	select
-	from walhook.deliveries d
-	where d.event_id = e.id
-)`
+delete from walhook.events
+where id = any(array(
+	select c.id
+	from unnest($1::text[]) as c (id)
+	left join lateral (
+		select true as needed
+		from walhook.deliveries
+		where event_id = c.id
+		limit 1
+	) d on true
+	where d.needed is null
+))`
 
 func removeSteps(gone []outbox.Change) (steps []step) {
 	if len(gone) == 0 {

@@ -73,12 +73,14 @@ create unique index if not exists deliveries_event_endpoint on walhook.deliverie
     (event_id, coalesce(endpoint_id, ''));
 
 -- Parked deliveries in commit order, of an endpoint and of one key of it. A key stands in
--- indexes as its hash: it may be longer than an index entry can be.
+-- indexes as its hash: it may be longer than an index entry can be. The endpoint stands in
+-- these two in different words, so that a question for one cannot be answered from the other:
+-- by old statistics Postgres would read all of an endpoint to find the few rows of a key.
 create index if not exists deliveries_waiting on walhook.deliveries
     (endpoint_id, commit_lsn, ordinal)
     where state in ('parked', 'sending');
 create index if not exists deliveries_waiting_key on walhook.deliveries
-    (endpoint_id, hashtextextended(order_key, 0), commit_lsn, ordinal)
+    (coalesce(endpoint_id, ''), hashtextextended(order_key, 0), commit_lsn, ordinal)
     where state in ('parked', 'sending') and order_key <> '';
 
 -- What has a retry time, by that time: keys, and the deliveries that have none.
