@@ -18,9 +18,9 @@ export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=fal
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: build ## the whole thing on a throwaway Postgres; ARGS="--events 1000 --exit" ends by itself
+demo: build ## the whole thing on a throwaway Postgres, about 35 s; ARGS=--exit=false goes on until Ctrl-C
 	@.ci/deps postgres || true
-	@bin/walhook demo $(ARGS)
+	@bin/walhook demo --exit $(ARGS)
 
 build: ## bin/walhook, static
 	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/walhook ./cmd/walhook

@@ -1,6 +1,7 @@
 package cdc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -78,8 +79,8 @@ func FaultOf(err error) *Fault {
 		return f
 	case errors.Is(err, errStalled):
 		f.State = Waiting
-		f.Reason = "the buffer is full and cannot be parked, so the WAL is left to the server"
-		f.Remedy = "see the log for why the schema walhook cannot be written"
+		f.Reason = "the buffer is full and could not be parked in time, so the WAL is left to the server for now"
+		f.Remedy = "look for errors of the schema walhook in the log; where there are none, Postgres is too busy to take the parked deliveries"
 		f.Err = nil
 		return f
 	}
@@ -96,17 +97,16 @@ func FaultOf(err error) *Fault {
 			f.Reason = "Postgres cannot be reached"
 		case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
 			f.Reason = "Postgres closed the connection"
+		case errors.Is(err, context.DeadlineExceeded):
+			f.Reason = "Postgres does not answer"
 		}
 		return f
 	}
 	f.State = Waiting
 	switch pg.Code {
-	case "55006": // object_in_use
+	case "55006": // object_in_use, in the server's language
 		f.State = Standby
 		f.Reason = "another process holds the slot"
-		if !strings.Contains(pg.Message, "is active for PID") {
-			f.State = Waiting
-		}
 	case "57P01", "57P02", "57P03", "57P05", "08006", "08001", "08004", "40001", "40P01", "57014", "55P03":
 		f.State = Connecting
 		f.Reason = "Postgres ended the connection"

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -80,6 +79,7 @@ const (
 	maxBackoff        = 10 * time.Second
 	standbyPoll       = time.Second
 	surveyInterval    = 30 * time.Second
+	openTimeout       = 30 * time.Second // of each step of a connect, but for the making of a slot
 	claimTimeout      = 10 * time.Second
 	// A server in fast shutdown asks for a reply in a tight loop until everything is confirmed;
 	// an ordinary one asks once per wal_sender_timeout.
@@ -93,15 +93,19 @@ type Stream struct {
 	sink Sink
 	log  *zap.Logger
 
-	intake atomic.Bool // rows are handed on; false while draining
+	silence     time.Duration // maxSilence and surveyInterval, but in tests
+	surveyEvery time.Duration
+
+	handing sync.Mutex    // held while a row is handed on, so that none is after Drain
+	drained chan struct{} // closed by Drain
 
 	mu       sync.Mutex // guards what follows
 	status   Status
 	conn     *pgconn.PgConn // of the running session
-	want     LSN            // what may be confirmed once the stream has passed proof
-	proof    LSN
-	told     LSN // the last position that a status gave as confirmed
-	received LSN // highest position received on the running connection
+	next     confirmation   // waits for its proof
+	last     confirmation   // the newest; where it differs from next, it waits for its turn
+	told     LSN            // the last position that a status gave as confirmed
+	received LSN            // highest position received on the running connection
 	survey   *Survey
 
 	wake atomic.Bool // a status is wanted before the next timer
@@ -114,8 +118,12 @@ type Stream struct {
 	open      bool     // rows of high's transaction were handed on and its commit was not
 	discarded bool     // something was read and not handed on, so the position must not move
 	patience  time.Duration
-	streamed  bool // a session has been through at least once
+	streamed  bool  // a session has been through at least once
+	pid       int32 // of the server's process behind our last connection
 }
+
+// confirmation is a position that the server may be told once the stream has passed proof.
+type confirmation struct{ at, proof LSN }
 
 // Status is where a Stream stands, for people and for /readyz.
 type Status struct {
@@ -128,10 +136,12 @@ type Status struct {
 
 // New makes a Stream that has not started.
 func New(cfg Config, sink Sink) *Stream {
-	s := &Stream{cfg: cfg, sink: sink, log: cfg.Logger.Named("cdc"), patience: maxSilence}
-	s.status = Status{State: Connecting, Since: time.Now()}
-	s.intake.Store(true)
-	return s
+	return &Stream{
+		cfg: cfg, sink: sink, log: cfg.Logger.Named("cdc"),
+		silence: maxSilence, patience: maxSilence, surveyEvery: surveyInterval,
+		drained: make(chan struct{}),
+		status:  Status{State: Connecting, Since: time.Now()},
+	}
 }
 
 // Run streams until ctx ends, then returns nil. It returns an error only where waiting cannot
@@ -171,6 +181,7 @@ func (s *Stream) Run(ctx context.Context) error {
 				select {
 				case <-ctx.Done():
 					return nil
+				case <-s.drained: // no room is needed to confirm
 				case <-room:
 				}
 			}
@@ -192,9 +203,24 @@ type haltError struct{ err error }
 func (h *haltError) Error() string { return h.err.Error() }
 func (h *haltError) Unwrap() error { return h.err }
 
-// Drain stops handing rows on. The connection stays, so that what was handed on can still be
-// confirmed.
-func (s *Stream) Drain() { s.intake.Store(false) }
+// Drain stops handing rows on: when it returns, no further Row is called. The connection stays,
+// so that what was handed on can still be confirmed.
+func (s *Stream) Drain() {
+	s.handing.Lock()
+	defer s.handing.Unlock()
+	if !s.draining() {
+		close(s.drained)
+	}
+}
+
+func (s *Stream) draining() bool {
+	select {
+	case <-s.drained:
+		return true
+	default:
+		return false
+	}
+}
 
 // Confirm lets the server forget the WAL below at, as soon as the stream itself has passed
 // proof: a position behind the commit that recorded at. Until then a failover could bring up a
@@ -203,10 +229,15 @@ func (s *Stream) Drain() { s.intake.Store(false) }
 func (s *Stream) Confirm(at, proof LSN) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if at <= s.want {
+	if at <= s.last.at {
 		return
 	}
-	s.want, s.proof = at, proof
+	// The one that waits is kept. A proof is where the WAL ended when it was given, and a stream
+	// that reads a second behind would never pass the newest of one a second.
+	s.last = confirmation{at, proof}
+	if s.next.at <= s.told {
+		s.next = s.last
+	}
 	s.wakeLocked()
 }
 
@@ -214,7 +245,7 @@ func (s *Stream) Confirm(at, proof LSN) {
 // confirmed, or until ctx ends. A status that was sent is not always a status that was read.
 func (s *Stream) Confirmed(ctx context.Context) error {
 	s.mu.Lock()
-	want := s.want
+	want := s.last.at
 	s.mu.Unlock()
 	if want == 0 {
 		return nil
@@ -314,12 +345,14 @@ func (s *Stream) setStatus(state State, f *Fault) {
 
 // session is one connection from its first byte to its last.
 func (s *Stream) session(ctx context.Context) (err error) {
-	slot, sv, err := s.prepare(ctx)
+	sv, err := s.prepare(ctx)
 	if err != nil {
 		return err
 	}
+	open, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
 	notices := make(chan *pgconn.Notice, 1)
-	conn, err := s.cfg.connectReplication(ctx, func(n *pgconn.Notice) {
+	conn, err := s.cfg.connectReplication(open, func(n *pgconn.Notice) {
 		s.log.Info("Postgres says", zap.String("severity", n.Severity), zap.String("message", n.Message), zap.String("code", n.Code))
 		if fatalNotice(n) {
 			select {
@@ -329,7 +362,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		}
 	})
 	if err != nil {
-		return err
+		return connectFault(err)
 	}
 	// The socket is closed, not the protocol: a goodbye waits for a walsender that may be
 	// waiting for us.
@@ -340,43 +373,53 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		_ = conn.Conn().Close()
 	}()
 
-	id, err := pglogrepl.IdentifySystem(ctx, conn)
+	// In this order: a holder that is at work moves first the WAL, then its checkpoint, then the slot.
+	at, first, err := s.sink.Checkpoint(open)
+	if err != nil {
+		return err
+	}
+	id, err := pglogrepl.IdentifySystem(open, conn)
 	if err != nil {
 		return fmt.Errorf("identify system: %w", err)
 	}
 	if s.systemID != "" && (s.systemID != id.SystemID || s.timeline != id.Timeline) {
 		return ErrNewHistory
 	}
-	at, first, err := s.sink.Checkpoint(ctx)
-	if err != nil {
-		return err
+	slot := sv.Slot
+	if slot == nil && !first {
+		if err := s.lookAgain(open); err != nil {
+			return err
+		}
+	}
+	if f := sv.JudgeCheckpoint(&s.cfg, at, LSN(id.XLogPos), first); f != nil {
+		return f
 	}
 	if slot == nil {
-		if !first {
-			return &Fault{
-				State:  Lost,
-				Reason: "slot " + s.cfg.Slot + " is gone, although a checkpoint at " + at.String() + " tells of it: events since may be in the outbox table only",
-				Remedy: remedyLost(s.cfg.Slot),
-			}
-		}
 		if slot, err = s.createSlot(ctx, conn, sv); err != nil {
 			return err
 		}
 	}
-	if err := judgeCheckpoint(at, first, slot, sv); err != nil {
-		return err
-	}
 	start := max(at, slot.Confirmed, s.end)
+	if start == 0 {
+		return &Fault{State: Connecting, Reason: "slot " + s.cfg.Slot + " is being made by somebody else"}
+	}
 	if err := s.start(ctx, conn, start); err != nil {
 		return fmt.Errorf("start replication: %w", err)
 	}
-	claimCtx, cancel := context.WithTimeout(ctx, claimTimeout)
+	s.pid = int32(conn.PID())
+	claimCtx, cancelClaim := context.WithTimeout(ctx, claimTimeout)
 	resume, err := s.sink.Claim(claimCtx, Session{
 		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot,
 	})
-	cancel()
+	cancelClaim()
 	if err != nil {
 		return err
+	}
+	if s.open && s.high.Commit < max(start, resume.LSN) {
+		// The transaction that a lost connection cut in two was settled without us, so it does
+		// not come again.
+		s.open = false
+		s.sink.Commit(max(start, resume.LSN))
 	}
 	s.systemID, s.timeline = id.SystemID, id.Timeline
 	s.mu.Lock()
@@ -403,32 +446,57 @@ func (s *Stream) session(ctx context.Context) (err error) {
 }
 
 // prepare looks at the catalogue, mends what may be mended, and says what stands in the way.
-func (s *Stream) prepare(ctx context.Context) (*Slot, *Survey, error) {
+func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
 	conn, err := s.cfg.connectSQL(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, connectFault(err)
 	}
 	defer closeSQL(conn)
 	sv, err := survey(ctx, conn, &s.cfg)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	s.mu.Lock()
-	s.survey = sv
-	s.mu.Unlock()
+	defer s.setSurvey(sv)
 	if f := firstFault(sv.Findings(&s.cfg)); f != nil {
-		return nil, nil, f
+		return nil, f
 	}
 	if err := s.sink.Resolve(sv.Tables); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := s.publish(ctx, conn, sv); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	for i := range sv.Tables {
 		sv.Tables[i].Published = true
 	}
-	return sv.Slot, sv, nil
+	if sv.Slot != nil && sv.Slot.ActivePID != 0 && sv.Slot.ActivePID == s.pid {
+		// It is our own last connection, of which the server does not know yet that it is gone:
+		// nobody to stand by for. Where it has ended meanwhile, so much the better.
+		_, _ = conn.Exec(ctx, "select pg_terminate_backend($1, 2000)", s.pid)
+	}
+	return sv, nil
+}
+
+func (s *Stream) setSurvey(sv *Survey) {
+	s.mu.Lock()
+	s.survey = sv
+	s.mu.Unlock()
+}
+
+// lookAgain tells whether another instance has made the slot, and its checkpoint, since we looked.
+func (s *Stream) lookAgain(ctx context.Context) error {
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return connectFault(err)
+	}
+	defer closeSQL(conn)
+	slot, err := readSlot(ctx, conn, s.cfg.Slot)
+	if err == nil && slot != nil {
+		return &Fault{State: Connecting, Reason: "slot " + s.cfg.Slot + " was made by somebody else just now"}
+	}
+	return err
 }
 
 // publish creates the publication, or adds the tables that it lacks. The tables are locked
@@ -516,13 +584,13 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 		action = "(SNAPSHOT 'nothing', FAILOVER true)"
 	}
 	// Postgres waits here for every transaction that writes; say for whom, rather than time out.
-	done := make(chan struct{})
+	tell, done := context.WithCancel(ctx)
 	var telling sync.WaitGroup
-	telling.Go(func() { s.tellWait(ctx, conn.PID(), done) })
+	telling.Go(func() { s.tellWait(tell, conn.PID()) })
 	res, err := pglogrepl.CreateReplicationSlot(ctx, conn, s.cfg.Slot, "pgoutput", pglogrepl.CreateReplicationSlotOptions{
 		Mode: pglogrepl.LogicalReplication, SnapshotAction: action,
 	})
-	close(done)
+	done()
 	telling.Wait()
 	if err != nil {
 		return nil, fmt.Errorf("create slot: %w", err)
@@ -535,32 +603,29 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Confirmed: at, Restart: at}, nil
 }
 
-func (s *Stream) tellWait(ctx context.Context, pid uint32, done <-chan struct{}) {
-	tick := time.NewTicker(3 * time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-done:
-			return
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+// tellWait says for whom the walsender pid waits.
+func (s *Stream) tellWait(ctx context.Context, pid uint32) {
+	for sleep(ctx, time.Second) {
 		conn, err := s.cfg.connectSQL(ctx)
 		if err != nil {
 			continue
 		}
-		var pids []int32
-		if err := conn.QueryRow(ctx, "select pg_blocking_pids($1)", pid).Scan(&pids); err == nil {
-			f := &Fault{State: Waiting, Reason: "the new slot waits for open write transactions to end"}
-			s.setStatus(Waiting, f)
-			s.log.Warn("waiting for transactions to end before the slot can start", zap.Int32s("pids", pids))
-		}
+		var pids string
+		err = conn.QueryRow(ctx, "select array_to_string(pg_blocking_pids($1), ', ')", pid).Scan(&pids)
 		closeSQL(conn)
+		if err == nil && pids != "" {
+			s.setStatus(Waiting, &Fault{
+				State:  Waiting,
+				Reason: "the new slot waits for the write transaction of pid " + pids + " to end",
+				Remedy: "wait, or see what it does: select * from pg_stat_activity where pid in (" + pids + ") (pid 0 is one of pg_prepared_xacts)",
+			})
+		}
 	}
 }
 
 func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN) error {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
 	// Identifier first, then literal: the option is a list of identifiers inside a string.
 	name := strings.ReplaceAll(quoteName(s.cfg.Publication), "'", "''")
 	args := []string{"proto_version '1'", "publication_names '" + name + "'"}
@@ -582,27 +647,52 @@ func statusInterval(senderTimeout time.Duration) time.Duration {
 }
 
 // watch looks at the catalogue now and then for what the stream itself cannot show: a table
-// dropped and created again, a publication altered, a slot about to be lost.
+// dropped and created again, a publication altered, a slot about to be lost. Its session also
+// shows a fast shutdown, which ends ordinary sessions at once, but a walsender only when we
+// have read, and confirmed, all the WAL there is.
 func (s *Stream) watch(ctx context.Context, began *Survey) error {
 	oids := map[Table]uint32{}
 	for _, t := range began.Tables {
 		oids[t.Table] = t.OID
 	}
-	tick := time.NewTicker(surveyInterval)
-	defer tick.Stop()
+	wait := time.Duration(0)
+	for sleep(ctx, wait) {
+		conn, err := s.cfg.connectSQL(ctx)
+		var pg *pgconn.PgError
+		switch {
+		case errors.As(err, &pg) && pg.Code == "57P03":
+			return errShutdown
+		case err != nil: // the stream itself will notice
+			wait = s.surveyEvery
+			continue
+		}
+		err = s.watchOn(ctx, conn, oids)
+		closeSQL(conn)
+		var f *Fault
+		if errors.As(err, &f) {
+			return f
+		}
+		wait = minBackoff
+	}
+	return nil
+}
+
+// watchOn returns when conn's session ends, or with a Fault.
+func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, oids map[Table]uint32) error {
 	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
+		look, cancel := context.WithTimeout(ctx, s.surveyEvery)
+		_, err := conn.WaitForNotification(look) // none ever comes
+		cancel()
+		if !pgconn.Timeout(err) || ctx.Err() != nil {
+			return err
 		}
-		sv, err := Inspect(ctx, &s.cfg)
+		ask, cancel := context.WithTimeout(ctx, openTimeout)
+		sv, err := survey(ask, conn, &s.cfg)
+		cancel()
 		if err != nil {
-			continue // the stream itself will notice
+			return err
 		}
-		s.mu.Lock()
-		s.survey = sv
-		s.mu.Unlock()
+		s.setSurvey(sv)
 		if f := firstFault(sv.Findings(&s.cfg)); f != nil {
 			return f
 		}
@@ -634,7 +724,7 @@ type reader struct {
 	commit   LSN  // of the open transaction
 	time     time.Time
 	ordinal  uint64
-	handed   bool // a row of the open transaction was handed on
+	began    time.Time
 	sent     time.Time
 	heard    time.Time
 	asked    int // replies asked for in the window, with no data between
@@ -646,34 +736,29 @@ type reader struct {
 
 func (r *reader) run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, r.s.poke)()
-	r.heard = time.Now()
+	r.began = time.Now()
+	r.heard = r.began
 	if err := r.sendStatus(false); err != nil {
 		return err
 	}
 	r.arm()
 	for {
 		msg, err := r.conn.ReceiveMessage(context.Background())
-		if err != nil {
-			var netErr net.Error
-			if !errors.As(err, &netErr) || !netErr.Timeout() {
-				if n := r.fatal(); n != nil {
-					return n
-				}
-				return err
+		switch {
+		case pgconn.Timeout(err): // by arm or by wakeLocked
+			r.deadline = time.Time{}
+		case err != nil:
+			if fatal := r.fatal(); fatal != nil {
+				return fatal
 			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if err := r.timer(); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := r.message(ctx, msg); err != nil {
 			return err
+		default:
+			if err := r.message(ctx, msg); err != nil {
+				return err
+			}
 		}
-		if now := time.Now(); now.After(r.deadline) {
-			if err := r.timer(); err != nil {
+		if r.s.wake.Load() || time.Now().After(r.deadline) {
+			if err := r.timer(ctx); err != nil {
 				return err
 			}
 		}
@@ -706,7 +791,11 @@ func (r *reader) fatal() error {
 	}
 }
 
-func (r *reader) timer() error {
+func (r *reader) timer(ctx context.Context) error {
+	woken := r.s.wake.Swap(false) // before looking, so that what comes after the look wakes again
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	if err := r.fatal(); err != nil {
 		return err
 	}
@@ -716,8 +805,7 @@ func (r *reader) timer() error {
 		r.s.patience = min(2*r.s.patience, 10*time.Minute) // a server busy with a huge transaction is silent too
 		return errSilent
 	}
-	woken := r.s.wake.Swap(false)
-	moved := r.advance()
+	moved := r.s.advance()
 	if due := now.Sub(r.sent) >= r.interval; moved || due || (woken && now.Sub(r.sent) >= 100*time.Millisecond) {
 		if err := r.sendStatus(quiet >= r.interval); err != nil {
 			return err
@@ -728,15 +816,15 @@ func (r *reader) timer() error {
 }
 
 // advance takes up what Confirm wants as far as the stream has passed its proof.
-func (r *reader) advance() bool {
-	s := r.s
+func (s *Stream) advance() (moved bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.want <= s.told || s.proof > s.received {
-		return false
+	for _, c := range [...]confirmation{s.next, s.last} {
+		if c.at > s.told && max(c.at, c.proof) <= s.received {
+			s.told, s.next, moved = c.at, s.last, true
+		}
 	}
-	s.told = s.want
-	return true
+	return moved
 }
 
 // sendStatus reports write as what was received and flush as what is confirmed. write = flush
@@ -805,12 +893,15 @@ func (r *reader) keepalive(b []byte) error {
 	}
 	at := LSN(binary.BigEndian.Uint64(b))
 	r.receive(at)
+	if r.heard.Sub(r.began) > r.s.patience { // it speaks while it decodes
+		r.s.patience = r.s.silence
+	}
 	// Inside a transaction the position says nothing of what we were given, and neither does it
 	// before the transaction that a lost connection cut in two has come again.
 	if !r.inTx && !r.s.open && !r.s.discarded {
 		r.s.sink.Idle(at)
 	}
-	moved := r.advance()
+	moved := r.s.advance()
 	if b[16] == 1 {
 		now := time.Now()
 		if r.asked == 0 || now.Sub(r.askedAt) > shutdownWindow {
@@ -843,12 +934,12 @@ func (s *Stream) touch(at time.Time) {
 func (r *reader) data(ctx context.Context, b []byte) error {
 	m, err := r.dec.decode(b)
 	if err != nil {
-		return fmt.Errorf("decode: %w", err)
+		return err
 	}
 	s := r.s
 	switch m.kind {
 	case kindBegin:
-		r.inTx, r.commit, r.time, r.ordinal, r.handed = true, m.lsn, m.time, 0, false
+		r.inTx, r.commit, r.time, r.ordinal = true, m.lsn, m.time, 0
 	case kindInsert:
 		r.row = Row{Relation: m.relation, Values: m.values}
 		return r.hand(ctx)
@@ -860,11 +951,11 @@ func (r *reader) data(ctx context.Context, b []byte) error {
 	case kindCommit:
 		r.inTx = false
 		r.receive(m.endLSN)
-		s.patience = maxSilence
+		s.patience = s.silence
 		if r.commit < s.end || r.commit < r.resume.LSN || s.discarded {
 			break // it was handed on whole before, or settled
 		}
-		if !s.intake.Load() && !s.open {
+		if s.draining() && !s.open {
 			s.discarded = true // its rows, if any, were dropped
 			break
 		}
@@ -885,14 +976,13 @@ func (r *reader) hand(ctx context.Context) error {
 	if at.Commit < r.resume.LSN || at.Compare(r.resume.Position) <= 0 || at.Compare(s.high) <= 0 {
 		return nil
 	}
-	if !s.intake.Load() {
-		s.discarded = true
-	}
-	if s.discarded {
-		return nil
-	}
 	if err := r.awaitRoom(ctx); err != nil {
 		return err
+	}
+	s.handing.Lock()
+	defer s.handing.Unlock()
+	if s.discarded = s.discarded || s.draining(); s.discarded {
+		return nil
 	}
 	if err := s.sink.Row(&r.row); err != nil {
 		return err
@@ -905,7 +995,7 @@ func (r *reader) hand(ctx context.Context) error {
 // longer than MaxStall.
 func (r *reader) awaitRoom(ctx context.Context) error {
 	room := r.s.sink.Room()
-	if room == nil {
+	if room == nil || r.s.draining() {
 		return nil
 	}
 	stall := time.NewTimer(r.s.cfg.MaxStall)
@@ -918,6 +1008,8 @@ func (r *reader) awaitRoom(ctx context.Context) error {
 			room = r.s.sink.Room()
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-r.s.drained:
+			return nil
 		case <-status.C:
 			if err := r.sendStatus(false); err != nil {
 				return err

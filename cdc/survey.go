@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"slices"
@@ -169,15 +170,18 @@ func connectFault(err error) *Fault {
 	var timeout net.Error
 	var verify *tls.CertificateVerificationError
 	var header tls.RecordHeaderError
+	plain := c.TLSConfig == nil || slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil })
 	inner := strings.ReplaceAll(errors.Unwrap(connect).Error(), "\n", "; ")
 	switch {
 	case errors.As(err, &dns):
 		return because("correct the host in database.url, or the DNS of this machine", "the host %s of database.url cannot be looked up", c.Host)
 	case errors.As(err, &verify):
 		return because("name its authority in database.url (sslrootcert=/path), or use the name that the certificate is for; sslmode=require encrypts without looking at it", "the certificate of Postgres at %s is not trusted: %s", where, verify.Err)
-	case strings.Contains(inner, "refused TLS"), errors.As(err, &header):
+	case !plain && (strings.Contains(inner, "refused TLS") || errors.As(err, &header)):
 		return because("turn on ssl at the server, or, on a network that you trust, sslmode=disable in database.url", "Postgres at %s speaks no TLS, which sslmode in database.url asks for", where)
-	case strings.Contains(inner, "tls: "), strings.Contains(inner, "x509: "):
+	case strings.Contains(inner, "read only connection"):
+		return because("list the primary too, or wait for a failover to end", "no host of database.url takes writes")
+	case !plain && (strings.Contains(inner, "tls: ") || strings.Contains(inner, "x509: ")):
 		return because("see sslmode, sslrootcert, sslcert and sslkey in database.url", "no TLS with Postgres at %s: %s", where, inner)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, os.ErrNotExist):
 		return because("start Postgres there, or correct host and port in database.url", "nothing listens at %s: the connection was refused", where)
@@ -688,6 +692,9 @@ func (s *Survey) JudgeCheckpoint(cfg *Config, at, flushed LSN, first bool) *Faul
 			Remedy: remedyLost(cfg.Slot),
 		}
 	}
+	if slot := s.Slot; slot.Plugin != "pgoutput" || slot.Database != s.Database || slot.WALStatus == "lost" || slot.Invalid != "" {
+		return nil // its position means nothing; Findings says why
+	}
 	now := *s
 	now.FlushLSN = max(s.FlushLSN, flushed)
 	if err := judgeCheckpoint(at, first, s.Slot, &now); err != nil {
@@ -906,7 +913,8 @@ func (cfg *Config) parse() (*pgx.ConnConfig, error) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = 10 * time.Second
 	}
-	if c.ValidateConnect == nil && len(c.Fallbacks) > 0 {
+	// The fallback of a single host is its way without TLS; of a read-only one the survey tells more.
+	if c.ValidateConnect == nil && slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != c.Host || f.Port != c.Port }) {
 		c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
 	return c, nil
@@ -954,6 +962,10 @@ type Address struct {
 // ReadURL reads a database URL with what the environment adds to it. The error is a *Fault.
 func ReadURL(url string) (Address, error) {
 	c, err := pgx.ParseConfig(url)
+	var file *fs.PathError
+	if errors.As(err, &file) {
+		return Address{}, &Fault{State: Waiting, Reason: "a file that it names cannot be read", Err: file, Config: true}
+	}
 	if err != nil {
 		return Address{}, FaultOf(err)
 	}
@@ -1037,18 +1049,22 @@ begin
 	return strings.Replace(block(body), "\nbegin\ndeclare", "\ndeclare", 1)
 }
 
-// PublicationSQL makes the publication, or has it publish what the stream needs. The tables are
-// locked first: old minor versions lose the rows of a transaction that is open meanwhile.
-// It waits for one no longer than a few seconds, because everybody who writes would wait behind it.
+// PublicationSQL makes the publication, or has it publish what the stream needs. What it adds is
+// locked first: old minor versions lose the rows of a transaction that is open meanwhile. It
+// waits for one no longer than a few seconds, because everybody who writes would wait behind it.
 func PublicationSQL(name string, tables []Table) string {
 	n, text := quoteName(name), quoteText(name)
 	var b strings.Builder
 	b.WriteString("begin;\nset local lock_timeout = '5s';\n")
-	for _, t := range tables {
-		b.WriteString("lock table " + t.String() + " in share row exclusive mode;\n")
+	lock := func(tables ...Table) string {
+		if len(tables) == 0 {
+			return ""
+		}
+		return "        lock table " + tableList(tables) + " in share row exclusive mode;\n"
 	}
 	var body strings.Builder
 	body.WriteString("    if not exists (select from pg_publication where pubname = " + text + ") then\n" +
+		lock(tables...) +
 		"        " + createPublication(name, tables) + ";\n" +
 		"        return;\n" +
 		"    end if;\n" +
@@ -1061,6 +1077,7 @@ func PublicationSQL(name string, tables []Table) string {
 	for _, t := range tables {
 		body.WriteString("\n    if not exists (select from pg_publication_tables where pubname = " + text +
 			" and schemaname = " + quoteText(t.Schema) + " and tablename = " + quoteText(t.Name) + ") then\n" +
+			lock(t) +
 			"        " + addTables(name, []Table{t}) + ";\n" +
 			"    end if;")
 	}

@@ -59,11 +59,9 @@ const (
 	lease = 15 * time.Second
 
 	checkpointEvery = time.Second
-	// An idle outbox on a busy database moves the slot by so much WAL, or at the latest after so
-	// long, and writes nothing while nothing happens.
-	idleCheckpointBytes  = 1 << 20
-	idleCheckpointAfter  = time.Minute
-	idleCheckpointLittle = 64 << 10
+	// Less WAL than this behind the last checkpoint is our own, or the server's own, and no reason
+	// for another one: while nothing happens, nothing is written.
+	quietBytes = 8 << 10
 
 	recountEvery  = 30 * time.Second
 	overflowAfter = 16 << 20 // bytes by which the WAL may grow while the buffer is full
@@ -87,7 +85,6 @@ type Relay struct {
 
 	heard     atomic.Int64 // when Postgres was last heard of, Unix ns
 	lapsed    atomic.Bool  // the lease ran out and the lanes are to be woken
-	handedOn  atomic.Int64 // events since the last checkpoint
 	disabling sync.WaitGroup
 
 	mu       sync.Mutex // guards what follows
@@ -324,7 +321,10 @@ type checkpointer struct {
 	r     *Relay
 	src   Stream
 	saved Checkpoint
-	at    time.Time
+	proof cdc.LSN // behind the commit that saved it
+	busy  bool    // there was more to save than our own writes; the next save takes up the tail
+
+	failing bool // the last write failed, and the log says so
 }
 
 func (c *checkpointer) save(ctx context.Context) error {
@@ -335,16 +335,12 @@ func (c *checkpointer) save(ctx context.Context) error {
 	if !claimed {
 		return nil
 	}
-	events := r.handedOn.Swap(0)
 	low := r.ledger.Low()
-	moved := int64(low.LSN) - int64(c.saved.LSN)
-	rows := low.Position != c.saved.Position
-	switch {
-	case low == c.saved || low.LSN == 0:
+	if low == c.saved || low.LSN == 0 {
 		return nil
-	case rows || events > 0 || moved >= idleCheckpointBytes:
-	case moved >= idleCheckpointLittle && time.Since(c.at) >= idleCheckpointAfter:
-	default:
+	}
+	busy := low.Position != c.saved.Position || low.LSN > c.proof+quietBytes
+	if !busy && !c.busy {
 		return nil
 	}
 	save, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -354,13 +350,17 @@ func (c *checkpointer) save(ctx context.Context) error {
 		if errors.Is(err, ErrFenced) {
 			return err
 		}
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !c.failing {
+			c.failing = true
 			r.log.Warn("the checkpoint cannot be written, the slot stays where it is", zap.Error(err))
 		}
-		r.handedOn.Add(events)
 		return nil
 	}
-	c.saved, c.at = low, time.Now()
+	if c.failing {
+		c.failing = false
+		r.log.Info("the checkpoint can be written again")
+	}
+	c.saved, c.proof, c.busy = low, proof, busy
 	c.src.Confirm(low.LSN, proof)
 	return nil
 }
@@ -607,7 +607,6 @@ func (r *Relay) Row(row *cdc.Row) error {
 		return nil
 	}
 	lanes := r.lanesFor(ev)
-	r.handedOn.Add(1)
 	if len(lanes) == 0 {
 		r.metrics.unmatched.Inc()
 		r.ledger.Open(ev.Position, 0, now)
@@ -628,7 +627,6 @@ func (r *Relay) Row(row *cdc.Row) error {
 func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
 	r.log.Warn("a row cannot be mapped: it is a dead delivery now", zap.String("event", ev.ID), zap.Stringer("position", ev.Position), zap.String("reason", why.Reason))
 	r.metrics.unmappable.Inc()
-	r.handedOn.Add(1)
 	atomic.StoreInt32(&ev.refs, 1)
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, 1, now)

@@ -40,17 +40,19 @@ func closeAfter(t T, server *Server) {
 	})
 }
 
-// shared is the address of the server for all of a process' DBs. It is never closed here: the
-// watchdog ends it with the process, so that no package needs a TestMain.
-var shared = sync.OnceValues(func() (string, error) {
+// shared tells the address of the server for all of a process' DBs. It is never closed here: the
+// watchdog ends it with the process, so that no package needs a TestMain. What is remembered is
+// the server's own method, not its result: the watchdog waits for the end of a pipe, which the
+// garbage collector would close with the last reference to the server.
+var shared = sync.OnceValues(func() (url func() string, err error) {
 	if existing := os.Getenv("WALHOOK_TEST_DATABASE_URL"); existing != "" {
-		return existing, nil
+		return func() string { return existing }, nil
 	}
 	server, err := Start(context.Background(), Config{})
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return server.URL(), nil
+	return server.URL, nil
 })
 
 // cleanupTimeout bounds what a DB's cleanup waits for.
@@ -61,10 +63,11 @@ const cleanupTimeout = 30 * time.Second
 // run in parallel; what all databases of a server share (roles, slot names, the WAL) they share.
 func DB(t T) string {
 	t.Helper()
-	server, err := shared()
+	serverURL, err := shared()
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
+	server := serverURL()
 	address, err := url.Parse(server)
 	if err != nil {
 		t.Fatalf("WALHOOK_TEST_DATABASE_URL: want a URL as postgres://user@host:port/postgres: %v", err)

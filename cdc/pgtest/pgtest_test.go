@@ -203,7 +203,7 @@ func TestDBIsFreshAndGoesWithItsSlots(t *testing.T) {
 	})
 	admin, err := shared()
 	require.NoError(t, err)
-	conn, err := pgconn.Connect(t.Context(), admin)
+	conn, err := pgconn.Connect(t.Context(), admin())
 	require.NoError(t, err)
 	defer conn.Close(t.Context())
 	left, err := queryOn(t.Context(), conn, "select (select count(*) from pg_database where datname = '"+database+

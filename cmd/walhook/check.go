@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,7 +26,7 @@ const (
 	// databaseTime bounds the whole look at the database.
 	databaseTime = 30 * time.Second
 	// reachAtOnce is how many endpoints are connected to side by side.
-	reachAtOnce = 32
+	reachAtOnce = 128
 	// certificateSoon is when a certificate that expires is worth a warning.
 	certificateSoon = 14 * day
 )
@@ -78,6 +79,12 @@ func check(ctx context.Context, o *options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if mistakes := checkURLs(cfg); len(mistakes) > 0 {
+		if err := report(out, o.output, mistakes); err != nil {
+			return err
+		}
+		return failed{fmt.Errorf("%s is broken: %s", cfg.Path, count(len(mistakes), "mistake")), exitUsage}
+	}
 	results := inspect(ctx, cfg)
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -92,7 +99,7 @@ func check(ctx context.Context, o *options, out io.Writer) error {
 		}
 	}
 	if faults > 0 {
-		return failed{fmt.Errorf("check: %s ✗", count(faults, "line")), exitFailed}
+		return failed{fmt.Errorf("check found %s", count(faults, "fault")), exitFailed}
 	}
 	return nil
 }
@@ -147,6 +154,28 @@ func configResults(wrong *ConfigError) []result {
 			r.Remedy = "allowed: " + p.Allowed
 		}
 		results = append(results, r)
+	}
+	return results
+}
+
+// checkURLs reads the database URLs as a connect would: the loader knows only how they begin.
+func checkURLs(cfg *Config) []result {
+	var results []result
+	for _, u := range []struct {
+		key string
+		url outbox.Secret
+	}{{"database.url", cfg.Database.URL}, {"database.replication_url", cfg.Database.ReplicationURL}} {
+		if u.url == "" {
+			continue
+		}
+		if _, err := cdc.ReadURL(u.url.Reveal()); err != nil {
+			f := cdc.FaultOf(err)
+			text := f.Reason
+			if f.Err != nil {
+				text = f.Err.Error()
+			}
+			results = append(results, result{Topic: "config", Grade: broken, Text: cfg.Path + ": " + u.key + ": " + text, Remedy: "allowed: " + databaseURLRule})
+		}
 	}
 	return results
 }
@@ -209,7 +238,11 @@ func checkDatabase(ctx context.Context, cfg *Config) []result {
 	}
 	results = append(results, checkSchema(schema)...)
 	if survey != nil {
-		results = append(results, checkCheckpoint(survey, schema, cfg, &stream)...)
+		found := checkCheckpoint(survey, schema, cfg, &stream)
+		if survey.Slot == nil && found[0].Grade == broken { // then it will not be created
+			results = slices.DeleteFunc(results, func(r result) bool { return r.Topic == "slot" })
+		}
+		results = append(results, found...)
 	}
 	return results
 }

@@ -58,8 +58,9 @@ while. At the end it compares what was committed with what arrived.
 
 The Postgres is a throwaway one, of the programs found on this machine or else downloaded. With
 --database-url it is yours (wal_level = logical, a role that may replicate and create schemas);
-the demo then makes the schemas walhook_demo and walhook, a publication and a slot walhook_demo
-there, and drops them at the end. It refuses a database that has a walhook already.
+the demo then makes the schemas walhook_demo and walhook there, a publication walhook_demo and
+a slot walhook_demo_<the database's oid>, and drops them at the end. It refuses a database that
+has a walhook already.
 
 With --exit it ends by itself. The exit code is 0 only if every committed event arrived at both
 receivers, signed, once, and in the order of its key, and nothing that was rolled back did.`,
@@ -99,22 +100,28 @@ type demo struct {
 	walhook    *task
 	trade      *task
 	seen       sight // as of the last look
+	hurried    bool  // what was on its way was not waited for
+	asked      int   // customers who waited for the hero of the story
 	outage     window
 }
 
-// window is a time from the beginning of which to its end crm was failing.
+// window is a span of time: from belongs to it, to does not.
 type window struct{ from, to time.Time }
 
 // sight is what a look at the sidecar showed.
 type sight struct {
-	at       time.Time
-	storeway float64 // breaker state of storefront, as in walhook_breaker_state
-	crmway   float64
-	parked   float64 // for crm
-	wal      slotWAL
-	walAt    time.Time
-	worst    int64 // bytes not confirmed at once, in the outage
+	at                time.Time
+	storefrontBreaker float64 // as in walhook_breaker_state
+	crmBreaker        float64
+	parked            float64 // for crm
+	behind            bool    // something was parked for crm since it last caught up
+	wal               slotWAL
+	walAt             time.Time
+	worst             int64 // bytes of WAL to be confirmed at once, in the outage
 }
+
+// The values of walhook_breaker_state that the demo tells of.
+const breakerClosed, breakerOpen = 0, 2
 
 // task is something that runs beside the story.
 type task struct {
@@ -162,45 +169,37 @@ func (d *demo) run(ctx context.Context) (err error) {
 	defer signal.Stop(pipe)
 	d.screen.unread = stop
 
-	if d.dir, err = os.MkdirTemp("", "walhook-demo-"); err != nil {
-		return err
-	}
-	keep := false
-	defer func() {
-		if !keep {
-			err = errors.Join(err, os.RemoveAll(d.dir))
-		}
-	}()
 	d.screen.line("walhook demo: a shop, its outbox table, walhook beside it, and two receivers of webhooks, one of which will fail.\n")
 	if d.db, err = openDemoDatabase(ctx, d.database, d.screen); err != nil {
 		return interrupted(ctx, err)
 	}
 	defer func() { err = errors.Join(err, d.db.close()) }()
+	if d.dir, err = d.db.directory(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
 
 	if err := d.open(ctx); err != nil {
 		d.close()
 		return interrupted(ctx, err)
 	}
-	story := d.story(ctx)
-	broken := story
+	var problems []string
+	err = d.story(ctx)
 	if ctx.Err() != nil {
-		story, broken = nil, nil
-		if d.exit {
-			broken = errors.New("interrupted before the end")
+		d.screen.say("Stopping: the shop closes, and crm is well. What is on its way may still arrive; Ctrl-C again does not wait for it.")
+		if err = nil; d.exit {
+			err = errors.New("it was interrupted before its end")
 		}
-		d.screen.say("Stopping. The shop closes and crm is well; what is on its way may still arrive. Ctrl-C again does not wait for it.")
 	}
-	waitCtx, cancel := d.patience(ctx)
-	var left []string
-	if story == nil {
-		left, story = d.settle(waitCtx)
-		broken = errors.Join(broken, story)
+	if err != nil {
+		problems = append(problems, err.Error())
 	}
-	cancel()
-	problems := append(left, d.close()...)
-	if broken != nil {
-		problems = append([]string{broken.Error()}, problems...)
+	if err == nil || ctx.Err() != nil {
+		patience, cancel := d.patience(ctx)
+		problems = append(problems, d.settle(patience)...)
+		cancel()
 	}
+	problems = append(problems, d.close()...)
 	problems = append(problems, d.summary()...)
 	if len(problems) == 0 {
 		d.screen.line("\nPASS: every committed event arrived at both, signed, once, and in the order of its key.")
@@ -211,18 +210,33 @@ func (d *demo) run(ctx context.Context) (err error) {
 		d.screen.line("  " + p)
 	}
 	if ctx.Err() == nil && !d.verbose {
-		keep = true
-		d.screen.line("The sidecar's log is kept: " + d.logFile())
+		if kept, err := d.keepLog(); err == nil {
+			d.screen.line("The sidecar's log: " + kept)
+		}
 	}
 	return failed{errors.New("the demo failed: " + problems[0]), exitFailed}
+}
+
+// keepLog saves the log from being cleared up.
+func (d *demo) keepLog() (string, error) {
+	text, err := os.ReadFile(d.logFile())
+	if err != nil {
+		return "", err
+	}
+	file, err := os.CreateTemp("", "walhook-demo-*.log")
+	if err != nil {
+		return "", err
+	}
+	_, err = file.Write(text)
+	return file.Name(), errors.Join(err, file.Close())
 }
 
 // interrupted says so instead of what the interruption broke.
 func interrupted(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return failed{errors.New("interrupted"), exitFailed}
+		err = errors.New("interrupted")
 	}
-	return err
+	return failed{err, exitFailed}
 }
 
 // patience is for what is on its way at the end: without a limit (settle has one of its own), or
@@ -268,7 +282,7 @@ func (d *demo) open(ctx context.Context) error {
 const demoConfig = `# What "walhook demo" runs on. Edited while it runs, the endpoints are taken up at once.
 database:
   url: ${WALHOOK_DATABASE_URL}
-cdc: {slot: walhook_demo, publication: walhook_demo}
+cdc: {slot: %s, publication: walhook_demo}
 outbox:
   - table: walhook_demo.outbox
 endpoints:
@@ -286,7 +300,7 @@ server: {listen: "%s"}
 // start runs the sidecar: what `walhook run --config FILE` does.
 func (d *demo) start(listen string) error {
 	path := filepath.Join(d.dir, "walhook.yaml")
-	text := fmt.Sprintf(demoConfig, d.storefront.rx.URL(), d.storefront.secret, d.crm.rx.URL(), d.crm.secret, listen)
+	text := fmt.Sprintf(demoConfig, d.db.slot, d.storefront.rx.URL(), d.storefront.secret, d.crm.rx.URL(), d.crm.secret, listen)
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		return err
 	}
@@ -424,10 +438,12 @@ func (d *demo) story(ctx context.Context) error {
 	if err := d.watch(ctx, within(outageStep/2, share(50))); err != nil {
 		return err
 	}
-	if n, err := d.shop.restock(heroProduct); err != nil {
+	asked, err := d.shop.restock(heroProduct)
+	if err != nil {
 		return fmt.Errorf("the shop: %w", err)
-	} else if n > 0 {
-		d.screen.say(fmt.Sprintf("%q is back in stock (product.restocked), and %d have asked for it. crm, still away, has to hear of that after their requests.", heroTitle, n))
+	}
+	if d.asked = asked; asked > 0 {
+		d.screen.say(fmt.Sprintf("%q is back in stock (product.restocked), and %s have asked for it. crm, still away, has to hear of that after their requests.", heroTitle, thousands(asked)))
 	}
 	if err := d.watch(ctx, within(outageStep/2, share(60))); err != nil {
 		return err
@@ -482,8 +498,9 @@ func (d *demo) look(ctx context.Context) {
 	before, now := d.seen, d.seen
 	now.at = time.Now()
 	metric := d.metrics()
-	now.storeway, now.crmway = metric["walhook_breaker_state/storefront"], metric["walhook_breaker_state/crm"]
+	now.storefrontBreaker, now.crmBreaker = metric["walhook_breaker_state/storefront"], metric["walhook_breaker_state/crm"]
 	now.parked = metric["walhook_parked/crm"]
+	now.behind = before.behind || now.parked > 0
 	if now.at.Sub(before.walAt) > time.Second {
 		if wal, err := d.db.slotWAL(ctx); err == nil {
 			now.wal, now.walAt = wal, now.at
@@ -492,22 +509,23 @@ func (d *demo) look(ctx context.Context) {
 			}
 		}
 	}
-	d.seen = now
-	const shut, open = 0, 2
-	switch {
-	case before.crmway != open && now.crmway == open && before.crmway == shut:
+	if before.crmBreaker == breakerClosed && now.crmBreaker == breakerOpen {
 		d.screen.say("crm's breaker opened after five failures in a row: no more requests are spent on it but a probe every 2 s. Its events are parked, and the slot moves on.")
-	case before.crmway != shut && now.crmway == shut:
-		d.screen.say(fmt.Sprintf("crm's breaker closed: the probe got through. %s parked deliveries follow, in the order of their commits.", thousands(int(now.parked))))
-	case before.parked > 0 && now.parked == 0 && now.crmway == shut && !d.outage.to.IsZero():
-		d.screen.say(fmt.Sprintf("crm has caught up %s after it came back; nothing is parked any more.", shortly(now.at.Sub(d.outage.to))))
 	}
-	if before.storeway == shut && now.storeway != shut {
+	if before.crmBreaker != breakerClosed && now.crmBreaker == breakerClosed {
+		d.screen.say(fmt.Sprintf("crm's breaker closed: the probe got through. What is parked, %s deliveries a moment ago, follows in the order of the commits.", thousands(int(before.parked))))
+	}
+	if now.behind && now.parked == 0 && now.crmBreaker == breakerClosed && !d.outage.to.IsZero() {
+		now.behind = false
+		d.screen.say(fmt.Sprintf("crm has caught up, %s after it came back: nothing is parked any more.", shortly(now.at.Sub(d.outage.to))))
+	}
+	if before.storefrontBreaker == breakerClosed && now.storefrontBreaker != breakerClosed {
 		d.screen.say("storefront's breaker opened. That is not in the script.")
 	}
-	state := "closed"
-	if now.crmway != shut {
-		state = "open"
+	d.seen = now
+	state := "open"
+	if now.crmBreaker == breakerClosed {
+		state = "closed"
 	}
 	d.screen.progress(fmt.Sprintf("committed %s · storefront %s · crm %s, parked %s, breaker %s",
 		thousands(d.books.count()), thousands(d.books.arrived(d.storefront)), thousands(d.books.arrived(d.crm)), thousands(int(now.parked)), state))
@@ -540,43 +558,37 @@ func (d *demo) metrics() map[string]float64 {
 
 // settle closes the shop and waits until everything has arrived, nothing is parked, and the slot
 // has let go of it. It returns what has not come about once nothing moves any more.
-func (d *demo) settle(ctx context.Context) (left []string, err error) {
+func (d *demo) settle(ctx context.Context) (left []string) {
 	if err := d.trade.end(); err != nil {
-		return nil, fmt.Errorf("the shop: %w", err)
+		return []string{"the shop: " + err.Error()}
 	}
 	if err := d.crm.recover(ctx); err != nil {
-		return nil, err
+		return []string{err.Error()}
 	}
 	if d.outage.to.IsZero() {
 		d.outage.to = time.Now()
 	}
-	moved := time.Now()
-	had := -1
-	err = d.watch(ctx, func() bool {
+	moved, had, owed := time.Now(), -1, true
+	err := d.watch(ctx, func() bool {
 		arrived := d.books.arrived(d.storefront) + d.books.arrived(d.crm)
 		if arrived != had {
 			had, moved = arrived, time.Now()
 		}
-		left = left[:0]
-		if arrived < 2*d.books.count() {
-			left = append(left, "") // the audit tells of them
-		} else if l, e := d.db.leftovers(ctx, d.books.lastWritten()); e != nil {
-			left = append(left, "look at the database: "+e.Error())
-		} else {
-			left = l
+		if owed = arrived < 2*d.books.count(); !owed {
+			left = d.db.leftovers(ctx, d.books.lastWritten())
 		}
-		return len(left) == 0 || time.Since(moved) > demoStill
+		return !owed && len(left) == 0 || time.Since(moved) > demoStill
 	})
-	if ctx.Err() != nil {
-		err = nil
+	if owed { // the audit tells of them; what else is left follows from that
+		left, d.hurried = nil, ctx.Err() != nil
 	}
-	if len(left) == 1 && left[0] == "" {
-		left = nil
+	if err != nil && ctx.Err() == nil {
+		left = append(left, err.Error())
 	}
-	if wal, e := d.db.slotWAL(context.WithoutCancel(ctx)); e == nil {
+	if wal, err := d.db.slotWAL(ctx); err == nil {
 		d.seen.wal = wal
 	}
-	return left, err
+	return left
 }
 
 // close ends what is running, from the shop to the receivers, and tells what did not end well.

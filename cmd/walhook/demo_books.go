@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"text/tabwriter"
 	"time"
 
 	"github.com/walhook/walhook/cdc"
@@ -120,8 +119,10 @@ func openTill(name string, b *books) (*till, error) {
 	if err != nil {
 		return nil, err
 	}
-	t.rx, err = sendertest.Open(sendertest.Config{Addr: addr, Secrets: []string{t.secret}, Keep: 1, Respond: t.respond})
-	return t, err
+	if t.rx, err = sendertest.Open(sendertest.Config{Addr: addr, Secrets: []string{t.secret}, Keep: 1, Respond: t.respond}); err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
 func (t *till) respond(r sendertest.Request) sendertest.Answer {
@@ -257,14 +258,42 @@ func (b *books) latency(t *till, w window) percentiles {
 	return percentiles{n: len(took), p50: took[len(took)/2], p99: took[min(len(took)*99/100, len(took)-1)]}
 }
 
+// heardBeforeRestock is how many requests for the hero of the story arrived before the news that
+// it was back; ok is false where that did not arrive.
+func (b *books) heardBeforeRestock(t *till) (requests int, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	kind := map[string]string{}
+	for _, s := range b.committed {
+		if s.key == productKey(heroProduct) {
+			kind[s.id] = s.kind
+		}
+	}
+	for _, r := range t.receipts {
+		switch kind[r.id] {
+		case "stock.requested":
+			requests++
+			delete(kind, r.id)
+		case "product.restocked":
+			return requests, true
+		}
+	}
+	return requests, false
+}
+
 // summary prints what came of it all and returns what is wrong with it.
 func (d *demo) summary() (problems []string) {
 	b := d.books
 	tills := []*till{d.storefront, d.crm}
 	accounts := make([]account, len(tills))
+	var requests, forged [2]int
 	for i, t := range tills {
 		b.mu.Lock()
 		accounts[i] = audit(t.name, b.committed, b.undone, t.receipts)
+		requests[i], forged[i] = t.requests, t.forged
+		if accounts[i].lost > 0 && d.hurried {
+			accounts[i].problems[0] = fmt.Sprintf("%s: %s events were still on their way", t.name, thousands(accounts[i].lost))
+		}
 		if t.forged > 0 {
 			accounts[i].problems = append(accounts[i].problems, fmt.Sprintf("%s: %s requests had no valid signature", t.name, thousands(t.forged)))
 		}
@@ -276,42 +305,47 @@ func (d *demo) summary() (problems []string) {
 		keys[s.key] = true
 	}
 
-	var text strings.Builder
-	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', tabwriter.AlignRight)
 	row := func(name string, of func(i int) string, rest string) {
-		fmt.Fprintf(w, "%s\t%s\t%s\t  %s\n", name, of(0), of(1), rest)
+		line := fmt.Sprintf("  %-34s%12s%12s   %s", name, of(0), of(1), rest)
+		d.screen.line(strings.TrimRight(line, " "))
 	}
-	number := func(of func(account) int) func(int) string {
-		return func(i int) string { return thousands(of(accounts[i])) }
+	number := func(name string, of func(account) int, rest string) {
+		row(name, func(i int) string { return thousands(of(accounts[i])) }, rest)
 	}
+	d.screen.line("")
 	row("", func(i int) string { return tills[i].name }, "")
-	row("delivered", number(func(a account) int { return a.delivered }),
+	number("delivered", func(a account) int { return a.delivered },
 		fmt.Sprintf("of %s events, committed in %s transactions", thousands(len(b.committed)), thousands(b.transactions)))
-	row("lost", number(func(a account) int { return a.lost }), "")
-	row("repeated", number(func(a account) int { return a.repeated }), "")
-	row("rolled back, yet sent", number(func(a account) int { return a.undone + a.unknown }),
+	lost := "lost"
+	if d.hurried {
+		lost = "not waited for"
+	}
+	number(lost, func(a account) int { return a.lost }, "")
+	number("repeated", func(a account) int { return a.repeated }, "")
+	number("rolled back, yet sent", func(a account) int { return a.undone + a.unknown },
 		fmt.Sprintf("of %s rows in %s transactions", thousands(len(b.undone)), thousands(b.rollbacks)))
-	row("out of order", number(func(a account) int { return a.disordered }),
+	number("out of order", func(a account) int { return a.disordered },
 		fmt.Sprintf("in %s keys, by first delivery", thousands(len(keys))))
-	row("payload changed", number(func(a account) int { return a.changed }), "byte for byte")
-	row("signatures verified", func(i int) string { return thousands(tills[i].requests - tills[i].forged) },
-		"of all requests, the failed ones too")
-	row("signatures wrong", func(i int) string { return thousands(tills[i].forged) }, "")
-	times := func(w window, of func(percentiles) time.Duration) func(int) string {
-		return func(i int) string { return shortly(of(b.latency(tills[i], w))) }
+	number("payload changed", func(a account) int { return a.changed }, "byte for byte")
+	row("signatures verified", func(i int) string { return thousands(requests[i] - forged[i]) }, "of all requests, those answered 503 too")
+	row("signatures wrong", func(i int) string { return thousands(forged[i]) }, "")
+	times := func(name string, w window, of func(percentiles) time.Duration, rest string) {
+		row(name, func(i int) string { return shortly(of(b.latency(tills[i], w))) }, rest)
 	}
 	p50 := func(p percentiles) time.Duration { return p.p50 }
 	p99 := func(p percentiles) time.Duration { return p.p99 }
-	row("commit to delivery, half within", times(window{}, p50), "from just before COMMIT is sent to the receiver")
-	row("99 of 100 within", times(window{}, p99), "")
+	times("commit to delivery, p50", window{}, p50, "from just before COMMIT is sent to the receiver")
+	times("                    p99", window{}, p99, "")
 	if !d.outage.from.IsZero() {
-		row("committed in the outage, half", times(d.outage, p50), fmt.Sprintf("crm was away for %s", shortly(d.outage.to.Sub(d.outage.from))))
-		row("99 of 100 within", times(d.outage, p99), "")
+		times("committed in the outage, p50", d.outage, p50, "crm was away for "+shortly(d.outage.to.Sub(d.outage.from)))
+		times("                         p99", d.outage, p99, "")
 	}
-	_ = w.Flush()
-	d.screen.line("\n" + strings.TrimRight(text.String(), "\n"))
+	d.screen.line("")
+	if heard, ok := b.heardBeforeRestock(d.crm); ok && d.asked > 0 {
+		d.screen.line(fmt.Sprintf("%q: crm heard of %s of the %s requests before it heard that the game was back.", heroTitle, thousands(heard), thousands(d.asked)))
+	}
 	wal := d.seen.wal
-	d.screen.line(fmt.Sprintf("\nWAL: %s written; at the end the slot has %s to confirm, and the server keeps %s for it; in the outage there were %s to confirm at most.",
+	d.screen.line(fmt.Sprintf("WAL: %s written; at the end the slot has %s to confirm, and the server keeps %s for it; in the outage there were %s to confirm at most.",
 		size(wal.written), size(wal.unconfirmed), size(wal.kept), size(d.seen.worst)))
 	return problems
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -19,6 +20,7 @@ const demoMark = "made by walhook demo, which drops it at its end"
 // demoDatabase is the shop's database: a throwaway Postgres, or one that was given.
 type demoDatabase struct {
 	url    string
+	slot   string         // slots are the whole server's, hence a name for each database
 	server *pgtest.Server // nil where a database was given
 	conn   *pgx.Conn      // of the story alone
 	origin cdc.LSN        // where the WAL ended before the shop opened
@@ -27,15 +29,20 @@ type demoDatabase struct {
 
 // openDemoDatabase finds a Postgres, says which, and makes the shop's tables there.
 func openDemoDatabase(ctx context.Context, given string, out *screen) (*demoDatabase, error) {
-	db := &demoDatabase{url: given}
+	db := &demoDatabase{url: given, slot: "walhook_demo"}
+	which := "yours; the schemas walhook_demo and walhook go at the end"
 	if given == "" {
-		if err := db.startServer(ctx, out); err != nil {
+		var err error
+		if which, err = db.startServer(ctx, out); err != nil {
 			return nil, err
 		}
 	}
 	err := db.connect(ctx)
-	if err == nil && given != "" {
-		out.line("  Postgres    " + db.conn.PgConn().ParameterStatus("server_version") + ", the database " + db.conn.Config().Database + " that you gave; the schemas walhook_demo and walhook go at the end")
+	if err != nil && given != "" {
+		err = fmt.Errorf("--database-url: %w", err)
+	}
+	if err == nil {
+		out.line("  Postgres    " + db.conn.PgConn().ParameterStatus("server_version") + ", " + which)
 	}
 	if err == nil {
 		err = db.create(ctx)
@@ -46,23 +53,32 @@ func openDemoDatabase(ctx context.Context, given string, out *screen) (*demoData
 	return db, nil
 }
 
-func (db *demoDatabase) startServer(ctx context.Context, out *screen) error {
+// startServer also says where the server's programs are from.
+func (db *demoDatabase) startServer(ctx context.Context, out *screen) (from string, err error) {
 	bin, err := pgtest.Find()
-	how := "from "
+	from = "of "
 	if errors.Is(err, pgtest.ErrNoPostgres) {
 		out.line("  Postgres    none on this machine, so one is fetched once (about 30 MB)")
-		how = "fetched to "
+		from = "fetched to "
 		bin, err = pgtest.Fetch(ctx, out)
 	}
 	if err != nil {
-		return fmt.Errorf("%w; or give a database of yours: --database-url", err)
+		return "", fmt.Errorf("%w; or give a database of yours: --database-url", err)
 	}
 	if db.server, err = pgtest.Start(ctx, pgtest.Config{Bin: bin}); err != nil {
-		return err
+		return "", err
 	}
 	db.url = db.server.URL()
-	out.line(fmt.Sprintf("  Postgres    %s%s, a throwaway server on port %d", how, bin, db.server.Port()))
-	return nil
+	return from + bin + ", a throwaway server", nil
+}
+
+// directory is for the demo's files. In that of a throwaway server they go with it, however we end.
+func (db *demoDatabase) directory() (string, error) {
+	parent := ""
+	if db.server != nil {
+		parent = db.server.Dir()
+	}
+	return os.MkdirTemp(parent, "walhook-demo-")
 }
 
 func (db *demoDatabase) connect(ctx context.Context) (err error) {
@@ -117,8 +133,12 @@ create index on walhook_demo.orders (updated_at) where status <> 'delivered';`
 // walhook's own business.
 func (db *demoDatabase) create(ctx context.Context) error {
 	if db.server == nil {
+		const lock = `
+select pg_try_advisory_lock(hashtextextended('walhook.demo', 0)), 'walhook_demo_' || oid
+from pg_database
+where datname = current_database()`
 		var alone bool
-		if err := db.conn.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook.demo', 0))").Scan(&alone); err != nil {
+		if err := db.conn.QueryRow(ctx, lock).Scan(&alone, &db.slot); err != nil {
 			return err
 		}
 		if !alone {
@@ -170,7 +190,7 @@ func (db *demoDatabase) slotWAL(ctx context.Context) (w slotWAL, err error) {
 	// An interruption must not cost the connection, which is needed to clear up.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	err = db.conn.QueryRow(ctx, askSlot, "walhook_demo", db.origin.String()).Scan(&w.written, &w.unconfirmed, &w.kept)
+	err = db.conn.QueryRow(ctx, askSlot, db.slot, db.origin.String()).Scan(&w.written, &w.unconfirmed, &w.kept)
 	return w, err
 }
 
@@ -181,24 +201,24 @@ select
 
 // leftovers tells what is not as it should be when everything has arrived. last is the place in
 // the WAL of the last row.
-func (db *demoDatabase) leftovers(ctx context.Context, last string) (left []string, err error) {
+func (db *demoDatabase) leftovers(ctx context.Context, last string) (left []string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	var rows int
 	var confirmed *bool
-	if err := db.conn.QueryRow(ctx, askLeftovers, "walhook_demo", last).Scan(&rows, &confirmed); err != nil {
-		return nil, err
+	if err := db.conn.QueryRow(ctx, askLeftovers, db.slot, last).Scan(&rows, &confirmed); err != nil {
+		return []string{"the database: " + err.Error()}
 	}
 	if rows > 0 {
 		left = append(left, fmt.Sprintf("walhook.deliveries still has %s rows although everything arrived", thousands(rows)))
 	}
 	switch {
 	case confirmed == nil:
-		left = append(left, "the slot walhook_demo is gone")
+		left = append(left, "the slot "+db.slot+" is gone")
 	case !*confirmed:
 		left = append(left, "the slot still keeps WAL of events that have arrived")
 	}
-	return left, nil
+	return left
 }
 
 const dropSlot = `
@@ -221,7 +241,7 @@ drop schema if exists walhook_demo cascade;
 do $$
 begin
 	if to_regclass('walhook.checkpoints') is not null then
-		if exists (select from walhook.checkpoints where slot <> 'walhook_demo') then
+		if exists (select from walhook.checkpoints where slot not like 'walhook\_demo%') then
 			return;
 		end if;
 	end if;
@@ -233,11 +253,11 @@ $$`
 // that its reader did.
 func (db *demoDatabase) drop(ctx context.Context) error {
 	for {
-		if _, err := db.conn.Exec(ctx, dropSlot, "walhook_demo"); err != nil {
+		if _, err := db.conn.Exec(ctx, dropSlot, db.slot); err != nil {
 			return err
 		}
 		var left int
-		if err := db.conn.QueryRow(ctx, slotLeft, "walhook_demo").Scan(&left); err != nil {
+		if err := db.conn.QueryRow(ctx, slotLeft, db.slot).Scan(&left); err != nil {
 			return err
 		}
 		if left == 0 {
@@ -246,7 +266,7 @@ func (db *demoDatabase) drop(ctx context.Context) error {
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("the slot walhook_demo is still in use: %w", ctx.Err())
+			return fmt.Errorf("the slot %s is still in use: %w", db.slot, ctx.Err())
 		}
 	}
 	_, err := db.conn.Exec(ctx, dropRest)
@@ -265,7 +285,7 @@ func (db *demoDatabase) close() (err error) {
 			err = db.drop(ctx)
 		}
 		if err != nil {
-			err = fmt.Errorf("clear up the database: %w (what is left: the slot and publication walhook_demo, the schemas walhook_demo and walhook; the next demo there drops them)", err)
+			err = fmt.Errorf("clear up the database: %w (what is left: the slot %s, the publication walhook_demo, the schemas walhook_demo and walhook; the next demo there drops them)", err, db.slot)
 		}
 	}
 	if db.conn != nil {

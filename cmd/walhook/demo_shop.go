@@ -128,7 +128,7 @@ func (s *shop) giveBack(rows int) {
 	s.mu.Unlock()
 }
 
-// restock is stock.arrived for one product, and tells how many had asked for it. It does nothing
+// restock brings stock of one product, and tells how many had asked for it. It does nothing
 // where the shop may not commit another event.
 func (s *shop) restock(product int) (asked int, err error) {
 	s.mu.Lock()
@@ -206,6 +206,8 @@ func (s *shop) deal(conn *pgx.Conn, do transaction, changeOfMind bool) (kept int
 	s.books.commit(sales, at, written)
 	return len(sales), nil
 }
+
+func productKey(id int) string { return fmt.Sprintf("product-%d", id) }
 
 func orderEvent(id int64, product, customer, status string, version int) event {
 	return event{
@@ -289,7 +291,7 @@ returning title, version`
 	var version int
 	err := tx.QueryRow(ctx, ask, product).Scan(&title, &version)
 	return []event{{
-		kind: "stock.requested", key: fmt.Sprintf("product-%d", product), version: version,
+		kind: "stock.requested", key: productKey(product), version: version,
 		data: map[string]any{"product": title, "customer": customer},
 	}}, err
 }
@@ -316,7 +318,7 @@ returning p.title, p.version, b.waiting`
 	var version int
 	err = tx.QueryRow(ctx, add, product).Scan(&title, &version, &asked)
 	return []event{{
-		kind: "product.restocked", key: fmt.Sprintf("product-%d", product), version: version,
+		kind: "product.restocked", key: productKey(product), version: version,
 		data: map[string]any{"product": title, "units": 20, "asked": asked},
 	}}, asked, err
 }

@@ -56,7 +56,7 @@ func (in *initOptions) run(ctx context.Context, cfg *Config, out io.Writer) erro
 	if err != nil {
 		return failed{fmt.Errorf("%s: database.url: %w", cfg.Path, err), exitUsage}
 	}
-	p := &setup{role: in.role, database: own.Database, grant: in.grant, cdc: streamConfig(cfg, nil, nil)}
+	p := &setup{role: in.role, database: own.Database, grant: in.grant, apply: in.apply, cdc: streamConfig(cfg, nil, nil)}
 	if p.role == "" {
 		p.role = own.User
 	}
@@ -98,7 +98,7 @@ func (in *initOptions) run(ctx context.Context, cfg *Config, out io.Writer) erro
 	if err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
-	return p.apply(ctx, admin, out)
+	return p.runOn(ctx, admin, out)
 }
 
 // setup is what init will do.
@@ -107,6 +107,7 @@ type setup struct {
 	verifier string // of the role's password; empty where it is not known
 	database string
 	grant    bool
+	apply    bool
 	known    cdc.RoleState // zero where the server was not asked
 	cdc      cdc.Config
 }
@@ -133,7 +134,7 @@ func (p *setup) steps() []setupStep {
 	if p.known.Replication {
 		replication.skip = "has it"
 	}
-	if p.known.Itself {
+	if p.apply && p.known.Itself { // what is printed, somebody else will run
 		const itself = "is the role that runs this"
 		grants.skip, whose.skip = itself, itself
 	}
@@ -176,7 +177,7 @@ func oneLine(s string) string {
 	}, s)
 }
 
-func (p *setup) apply(ctx context.Context, admin string, out io.Writer) error {
+func (p *setup) runOn(ctx context.Context, admin string, out io.Writer) error {
 	var todo []setupStep
 	var texts []string
 	for _, st := range p.steps() {

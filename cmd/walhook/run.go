@@ -49,6 +49,7 @@ func runCommand(o *options) *cobra.Command {
 				return err
 			}
 			defer func() { _ = log.Sync() }()
+			defer zap.RedirectStdLog(log)() // net/http speaks there of what receivers send unasked
 			return newSidecar(cfg, o, log).run(cmd.Context())
 		},
 	}
@@ -461,7 +462,7 @@ func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, e
 	if err != nil {
 		return outbox.Checkpoint{}, err
 	}
-	if c.epoch != 0 && claimed.Epoch != c.epoch+1 {
+	if c.epoch != 0 && claimed.Epoch != c.epoch {
 		return outbox.Checkpoint{}, outbox.ErrFenced
 	}
 	c.epoch = claimed.Epoch

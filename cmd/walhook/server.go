@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
 
 	"github.com/walhook/walhook/cdc"
 )
@@ -32,6 +33,7 @@ func (s *sidecar) listen() (*server, error) {
 	if err != nil {
 		return nil, failed{fmt.Errorf("server.listen: %w", err), exitFailed}
 	}
+	s.log.Info("serving health and metrics", zap.Stringer("addr", ln.Addr()))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {

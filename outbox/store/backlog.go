@@ -98,10 +98,10 @@ func (s *Store) Bury(ctx context.Context, endpointID string, reason outbox.Reaso
 	for {
 		var commit string
 		var n int64
-		err := s.held(ctx, []step{{
+		err := s.held(ctx, step{
 			what: "update", sql: bury, args: []any{clean(endpointID), clean(string(reason)), after.Commit.String(), int64(after.Ordinal), buryBatch},
 			row: func(r pgx.Rows) error { return r.Scan(&commit, &after.Ordinal, &n) },
-		}})
+		})
 		if err != nil {
 			return total, fmt.Errorf("bury deliveries: %w", err)
 		}

@@ -113,8 +113,25 @@ func (s *Store) Checkpoint(ctx context.Context) (c Saved, ok bool, err error) {
 	return c, true, nil
 }
 
+// claimTries is how often Claim waits a second for a lock of the holder before.
+const claimTries = 5
+
+// endFrozen ends sessions like ours that have stood still for a second in a transaction, because
+// their process was stopped or is out of reach: it may hold locks for hours.
+const endFrozen = `
+select count(pg_terminate_backend(pid))
+from pg_stat_activity
+where datname = current_database()
+and usename = current_user
+and application_name = current_setting('application_name')
+and backend_type = 'client backend'
+and pid <> pg_backend_pid()
+and wait_event = 'ClientRead'
+and xact_start < clock_timestamp() - interval '1 second'`
+
 // Claim takes the checkpoint over for the instance that has just got the slot: from here on
-// writes of the holder before fail with ErrFenced. Where there is no checkpoint, it is made at
+// writes of the holder before fail with ErrFenced. Where that was ourselves, and nobody since, the
+// epoch stays, or a write of ours that is under way would fail. Where there is no checkpoint, it is made at
 // first. systemIdentifier is what IDENTIFY_SYSTEM told the connection that has the slot.
 func (s *Store) Claim(ctx context.Context, systemIdentifier string, first cdc.LSN) (Claimed, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -122,14 +139,10 @@ func (s *Store) Claim(ctx context.Context, systemIdentifier string, first cdc.LS
 	if err := s.sameServer(ctx, systemIdentifier); err != nil {
 		return Claimed{}, fmt.Errorf("claim checkpoint: %w", err)
 	}
-	var claimed Claimed
-	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
-		if _, err := tx.Exec(ctx, settings); err != nil {
-			return fmt.Errorf("settings: %w", err)
-		}
-		claimed, err = s.claim(ctx, tx, systemIdentifier, first)
-		return err
-	})
+	claimed, err := s.tryClaim(ctx, systemIdentifier, first)
+	for try := 1; try < claimTries && isLocked(err); try++ {
+		claimed, err = s.tryClaim(ctx, systemIdentifier, first)
+	}
 	if err != nil {
 		return Claimed{}, fmt.Errorf("claim checkpoint: %w", err)
 	}
@@ -139,6 +152,29 @@ func (s *Store) Claim(ctx context.Context, systemIdentifier string, first cdc.LS
 		s.log.Info("parked what the holder before had in flight", zap.Int64("deliveries", claimed.Parked))
 	}
 	return claimed, nil
+}
+
+func isLocked(err error) bool {
+	var refused *pgconn.PgError
+	const lockNotAvailable = "55P03"
+	return errors.As(err, &refused) && refused.Code == lockNotAvailable
+}
+
+func (s *Store) tryClaim(ctx context.Context, systemIdentifier string, first cdc.LSN) (claimed Claimed, err error) {
+	if _, err := s.pool.Exec(ctx, endFrozen); err != nil {
+		return Claimed{}, fmt.Errorf("end frozen sessions: %w", err)
+	}
+	err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
+		if _, err := tx.Exec(ctx, settings); err != nil {
+			return fmt.Errorf("settings: %w", err)
+		}
+		if _, err := tx.Exec(ctx, "set local lock_timeout = '1s'"); err != nil {
+			return fmt.Errorf("settings: %w", err)
+		}
+		claimed, err = s.claim(ctx, tx, systemIdentifier, first)
+		return err
+	})
+	return claimed, err
 }
 
 // sameServer compares the cluster of our connections with the one of the slot's.
@@ -163,7 +199,7 @@ const claimCheckpoint = `
 insert into walhook.checkpoints as c (slot, instance, system_identifier, database, epoch, lsn)
 values ($1, $2, $3, $4, 1, $5::text::pg_lsn)
 on conflict (slot) do update
-	set epoch = c.epoch + 1
+	set epoch = c.epoch + case when c.epoch = $6 then 0 else 1 end
 returning epoch, updated_at`
 
 const parkSending = `
@@ -199,7 +235,7 @@ func (s *Store) claim(ctx context.Context, tx pgx.Tx, systemIdentifier string, f
 	if err := rows.Err(); err != nil {
 		return Claimed{}, fmt.Errorf("read: %w", err)
 	}
-	err = tx.QueryRow(ctx, claimCheckpoint, s.slot, here.Instance, here.SystemIdentifier, here.Database, first.String()).
+	err = tx.QueryRow(ctx, claimCheckpoint, s.slot, here.Instance, here.SystemIdentifier, here.Database, first.String(), s.epoch.Load()).
 		Scan(&claimed.Epoch, &claimed.UpdatedAt)
 	if err != nil {
 		return Claimed{}, fmt.Errorf("take over: %w", err)

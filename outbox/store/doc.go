@@ -14,7 +14,8 @@
 //     lane, another instance, a command.
 //   - No read is longer than what it returns: each follows an index from its first row on,
 //     whatever the planner's statistics say. Backlogs alone counts, in indexes.
-//   - It works through a transaction pooler: nothing depends on the session.
+//   - It works through a transaction pooler: nothing depends on the session. One that knows no
+//     prepared statements wants default_query_exec_mode=cache_describe in the URL.
 //
 // It starts no goroutine but the pool's, and needs no Postgres to be opened.
 //

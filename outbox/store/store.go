@@ -108,6 +108,11 @@ func connConfig(read func() (string, error)) (*pgx.ConnConfig, error) {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
 	}
+	// URLs for poolers ask for these two, which send a []byte for text as bytea. This one needs no
+	// prepared statements either.
+	if m := c.DefaultQueryExecMode; m == pgx.QueryExecModeExec || m == pgx.QueryExecModeSimpleProtocol {
+		c.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	}
 	// Of several hosts the one that takes writes: the primary, after a failover too.
 	if c.ValidateConnect == nil {
 		c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
@@ -148,16 +153,9 @@ type step struct {
 	tag  func(pgconn.CommandTag)
 }
 
-// held is the transaction of a holder: it fails with ErrFenced where the slot was taken. The
-// steps in after run behind its commit.
-func (s *Store) held(ctx context.Context, steps []step, after ...step) error {
-	all := []step{
-		{what: "begin", sql: begin},
-		{what: "settings", sql: settings},
-		{what: "hold slot", sql: hold, args: []any{s.slot, s.epoch.Load()}},
-	}
-	all = append(append(all, steps...), step{what: "commit", sql: "commit"})
-	return s.run(ctx, append(all, after...))
+// held is the transaction of a holder: it fails with ErrFenced where the slot was taken.
+func (s *Store) held(ctx context.Context, steps ...step) error {
+	return s.plain(ctx, append([]step{{what: "hold slot", sql: hold, args: []any{s.slot, s.epoch.Load()}}}, steps...)...)
 }
 
 // plain is a transaction that anybody may do.

@@ -89,8 +89,21 @@ func gone(n int) outbox.Change {
 	return outboxtest.Move("a", outboxtest.Event(n, ""), outbox.StateGone)
 }
 
-func TestSuite(t *testing.T) {
-	outboxtest.Suite(t, func(t *testing.T) outbox.Store { return setup(t).Store })
+func TestSuite(t *testing.T) { suite(t, setup(t), "") }
+
+// suite runs the suite on the database of b, emptied for each case. settings go into the URL.
+func suite(t *testing.T, b *bundle, settings string) {
+	t.Helper()
+	outboxtest.Suite(t, func(t *testing.T) outbox.Store {
+		b.exec("truncate walhook.deliveries, walhook.events, walhook.checkpoints")
+		address, err := url.Parse(b.url)
+		require.NoError(t, err)
+		address.RawQuery = strings.Trim(address.RawQuery+"&"+settings, "&")
+		s := open(t, address.String(), "walhook", "default")
+		_, err = s.Claim(t.Context(), b.system, 100)
+		require.NoError(t, err)
+		return s
+	})
 }
 
 func TestOpenNeedsNoPostgres(t *testing.T) {
@@ -128,14 +141,8 @@ func TestSettingsOfTheRoleDoNotMatter(t *testing.T) {
 	} {
 		b.exec("alter database " + name + " set " + setting)
 	}
-	outboxtest.Suite(t, func(t *testing.T) outbox.Store {
-		b.exec("drop schema if exists walhook cascade")
-		s := open(t, b.url, "walhook", "default")
-		require.NoError(t, s.Migrate(t.Context()))
-		_, err := s.Claim(t.Context(), b.system, 100)
-		require.NoError(t, err)
-		return s
-	})
+	require.NoError(t, b.Migrate(t.Context()))
+	suite(t, b, "")
 }
 
 func TestReadOnlyServerIsLeftAlone(t *testing.T) {
@@ -153,7 +160,7 @@ func TestParkingIsDurableWhateverTheDefault(t *testing.T) {
 	read := step{what: "look", sql: "select current_setting('synchronous_commit'), current_setting('transaction_isolation')", row: func(r pgx.Rows) error {
 		return r.Scan(&got, &isolation)
 	}}
-	require.NoError(t, b.held(t.Context(), []step{read}))
+	require.NoError(t, b.held(t.Context(), read))
 	require.Equal(t, "on", got)
 	require.Equal(t, "read committed", isolation)
 }
@@ -284,6 +291,31 @@ func TestClaimWaitsForTheWriteBeforeIt(t *testing.T) {
 	require.Empty(t, done)
 	require.NoError(t, tx.Commit(t.Context()))
 	require.NoError(t, <-done)
+}
+
+// A holder that was stopped in the middle of a write keeps its locks as long as it is stopped.
+func TestFrozenHolderDoesNotHoldUpTheNext(t *testing.T) {
+	b := setup(t)
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}))
+	tx, err := b.pool.Begin(t.Context())
+	require.NoError(t, err)
+	_, err = tx.Exec(t.Context(), hold, "walhook", b.epoch.Load())
+	require.NoError(t, err)
+	_, err = tx.Exec(t.Context(), "update walhook.deliveries set state = 'sending'")
+	require.NoError(t, err)
+
+	next := open(t, b.url, "walhook", "default")
+	_, err = next.Claim(t.Context(), b.system, 1)
+	require.NoError(t, err)
+	require.NoError(t, next.Write(t.Context(), []outbox.Change{gone(1)}))
+	require.Error(t, tx.Commit(t.Context()))
+}
+
+// Poolers that know no prepared statements want one of these in the URL.
+func TestEveryExecModeOfTheDriverWorks(t *testing.T) {
+	for _, mode := range []string{"cache_describe", "exec", "simple_protocol"} {
+		t.Run(mode, func(t *testing.T) { suite(t, setup(t), "default_query_exec_mode="+mode) })
+	}
 }
 
 // awaitLockWait returns once a session of this database waits for a lock.
@@ -516,7 +548,7 @@ func TestFailedWriteCanBeDoneAgain(t *testing.T) {
 	require.EqualValues(t, 1, b.pool.Stat().TotalConns(), "the connection is kept")
 }
 
-func TestServerRestartIsSurvived(t *testing.T) {
+func TestCutConnectionsAreReplaced(t *testing.T) {
 	b := setup(t)
 	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}))
 	b.exec("select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name = 'walhook'")

@@ -56,7 +56,7 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	}
 	steps = append(steps, updateSteps(updates, ascii)...)
 	steps = append(steps, removeSteps(gone)...)
-	if err := s.held(ctx, steps); err != nil {
+	if err := s.held(ctx, steps...); err != nil {
 		return fmt.Errorf("write deliveries: %w", err)
 	}
 	return nil

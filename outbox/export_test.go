@@ -1,0 +1,37 @@
+package outbox
+
+// LaneView is what tests see of a lane's inside.
+type LaneView struct {
+	State                                string
+	Limit, Inflight, Fresh, Loaded       int
+	Ready, Queues, Blocked, Keys, Tail   int
+	Owed, Held, Ghosts, Pending, Waiting int
+	Loading                              bool
+}
+
+// View looks into the lane of an endpoint; ok is false where there is none.
+func (r *Relay) View(endpointID string) (v LaneView, ok bool) {
+	r.mu.Lock()
+	l := r.lanes[endpointID]
+	r.mu.Unlock()
+	if l == nil {
+		return LaneView{}, false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v = LaneView{
+		State: l.state.String(), Limit: l.limit, Inflight: l.inflight, Fresh: l.fresh, Loaded: l.loaded,
+		Ready: l.ready.len(), Queues: len(l.queues), Blocked: l.blocked, Keys: len(l.keys), Tail: len(l.tail),
+		Held: len(l.held), Ghosts: len(l.ghosts), Pending: l.pending, Loading: l.loading,
+	}
+	for it := l.owed.first; it != nil; it = it.next {
+		v.Owed++
+	}
+	for _, q := range l.queues {
+		v.Waiting += len(q.items)
+	}
+	return v, true
+}
+
+// Recount compares the lanes with the store now, and not in half a minute.
+func (r *Relay) Recount() { r.recount(r.sendCtx) }

@@ -1,0 +1,317 @@
+package outbox_test
+
+import (
+	"cmp"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"pgregory.net/rapid"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+// modelTime is how long TestModel looks for a plan that breaks a promise; WALHOOK_MODEL has
+// another time.
+const modelTime = 8 * time.Second
+
+// plan is a life's story: what the app commits, how receivers and Postgres behave, and how the
+// relay is stopped, killed and configured.
+type plan struct {
+	seed      uint64
+	endpoints []planned
+	maxEvents int
+	maxBytes  int64
+	faulty    bool // the store fails now and then
+	crashing  bool
+	counted   bool // recounts work, and so heal what a lane has lost sight of
+	steps     []step
+}
+
+type planned struct {
+	ordering    outbox.Ordering
+	concurrency int
+	circuit     bool
+}
+
+type step struct {
+	do   action
+	n, m int
+	pass time.Duration
+}
+
+type action int
+
+const (
+	commit action = iota
+	commitMore
+	commitSame
+	mood
+	moodAgain
+	storeMood
+	lease
+	pause
+	resume
+	settings
+	remove
+	add
+	reconnect
+	restart
+	kill
+	actions
+)
+
+func (a action) String() string {
+	return [...]string{
+		"commit", "commit more", "commit same key", "mood", "mood", "store mood", "lease", "pause", "resume",
+		"settings", "remove", "add", "reconnect", "restart", "kill",
+	}[a]
+}
+
+var moods = []string{"well", "flaky", "down", "hangs", "slow", "throttles", "poison", "late"}
+
+func (p plan) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "seed %d, %d events, %d bytes, faulty %v, crashing %v, counted %v\n", p.seed, p.maxEvents, p.maxBytes, p.faulty, p.crashing, p.counted)
+	for i, e := range p.endpoints {
+		fmt.Fprintf(&b, "  e%d: ordering %s, concurrency %d, circuit %v\n", i, e.ordering, e.concurrency, e.circuit)
+	}
+	for i, s := range p.steps {
+		fmt.Fprintf(&b, "  %2d %s n=%d m=%d, pass %v\n", i, s.do, s.n, s.m, s.pass)
+	}
+	return b.String()
+}
+
+func genPlan(t *rapid.T) plan {
+	p := plan{
+		seed:      rapid.Uint64().Draw(t, "seed"),
+		maxEvents: rapid.SampledFrom([]int{4, 30, 10_000}).Draw(t, "events"),
+		maxBytes:  rapid.SampledFrom([]int64{3000, 64 << 20}).Draw(t, "bytes"),
+		faulty:    rapid.Bool().Draw(t, "faulty"),
+		crashing:  rapid.Bool().Draw(t, "crashing"),
+		counted:   rapid.Bool().Draw(t, "counted"),
+	}
+	for range rapid.IntRange(1, 2).Draw(t, "endpoints") {
+		p.endpoints = append(p.endpoints, planned{
+			ordering:    rapid.SampledFrom([]outbox.Ordering{outbox.OrderKey, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll}).Draw(t, "ordering"),
+			concurrency: rapid.SampledFrom([]int{1, 2, 4, 16}).Draw(t, "concurrency"),
+			circuit:     rapid.Bool().Draw(t, "circuit"),
+		})
+	}
+	pauses := []time.Duration{0, 0, time.Millisecond, 20 * time.Millisecond, 300 * time.Millisecond, time.Second, 2500 * time.Millisecond, 6 * time.Second}
+	for range rapid.IntRange(3, 25).Draw(t, "steps") {
+		p.steps = append(p.steps, step{
+			do:   action(rapid.IntRange(0, int(actions)-1).Draw(t, "do")),
+			n:    rapid.IntRange(0, 15).Draw(t, "n"),
+			m:    rapid.IntRange(0, 15).Draw(t, "m"),
+			pass: rapid.SampledFrom(pauses).Draw(t, "pass"),
+		})
+	}
+	return p
+}
+
+// TestModel plays plans at random and checks the promises of doc.go at every step.
+func TestModel(t *testing.T) {
+	limit := modelTime
+	if s := os.Getenv("WALHOOK_MODEL"); s != "" {
+		var err error
+		limit, err = time.ParseDuration(s)
+		require.NoError(t, err)
+	}
+	if testing.Short() {
+		limit /= 8
+	}
+	plans := 0
+	for begin := time.Now(); time.Since(begin) < limit; {
+		rapid.Check(t, func(rt *rapid.T) {
+			p := genPlan(rt)
+			plans++
+			if err := play(t, p); err != nil {
+				rt.Fatalf("%v\n%v", err, p)
+			}
+		})
+		if t.Failed() {
+			return
+		}
+	}
+	t.Logf("%d plans", plans)
+}
+
+func play(t *testing.T, p plan) (err error) {
+	synctest.Test(t, func(*testing.T) { err = run(p) })
+	return err
+}
+
+// run plays a plan in a world of its own.
+func run(p plan) error {
+	rnd := rand.New(rand.NewPCG(p.seed, 1))
+	var endpoints []*outbox.Endpoint
+	for i, e := range p.endpoints {
+		endpoints = append(endpoints, endpoint(fmt.Sprintf("e%d", i), func(o *outbox.Endpoint) {
+			o.Ordering, o.Concurrency, o.Retry.Jitter = e.ordering, e.concurrency, 0.2
+		}))
+	}
+	w := newWorld(endpoints...)
+	w.maxEvents, w.maxBytes, w.countsFail = p.maxEvents, p.maxBytes, !p.counted
+	for i, e := range p.endpoints {
+		w.receivers[fmt.Sprintf("e%d", i)].circuit = e.circuit
+	}
+	delays := []time.Duration{0, time.Millisecond, 30 * time.Millisecond, 700 * time.Millisecond}
+	delay := delays[rnd.IntN(len(delays))]
+	chance := rand.New(rand.NewPCG(p.seed, 2))
+	w.delay = func() time.Duration { return time.Duration(chance.Int64N(int64(delay) + 1)) }
+	w.start()
+	events := 0
+	for _, s := range p.steps {
+		if w.err() != nil {
+			break
+		}
+		one := endpoints[s.m%len(endpoints)].ID
+		switch s.do {
+		case commit, commitMore, commitSame:
+			n := s.n + 1
+			if s.do == commitMore {
+				n *= 3
+			}
+			var rows []*outboxRow
+			for range n {
+				events++
+				r := &outboxRow{id: fmt.Sprintf("%03d", events), typ: "order.created", data: `"` + strings.Repeat("x", s.m*40) + `"`}
+				switch x := rnd.IntN(10); {
+				case s.do == commitSame:
+					r.key = "a"
+				case x < 7:
+					r.key = string(rune('a' + rnd.IntN(4)))
+				case x == 9 && rnd.IntN(4) == 0:
+					r.broken = true
+				}
+				rows = append(rows, r)
+			}
+			w.commitRows(rows)
+		case mood, moodAgain:
+			w.answers(one, feels(p.seed, moods[s.n%len(moods)]))
+		case storeMood:
+			if p.faulty {
+				w.set(func() {
+					w.writesFail, w.answersLost, w.readsFail, w.savesFail = s.n&1 != 0, s.n&2 != 0, s.n&4 != 0, s.n&8 != 0
+					delay = delays[s.m%len(delays)]
+				})
+			}
+		case lease:
+			w.set(func() { w.silent = s.n%2 == 0 })
+		case pause, resume:
+			status := outbox.Paused
+			if s.do == resume {
+				status = outbox.Enabled
+			}
+			endpoints = change(endpoints, one, func(e *outbox.Endpoint) { e.Status = status })
+			w.configure(endpoints...)
+		case settings:
+			endpoints = change(endpoints, one, func(e *outbox.Endpoint) { e.Concurrency = 1 + s.n%5 })
+			w.configure(endpoints...)
+		case remove:
+			if len(endpoints) > 1 {
+				endpoints = slices.DeleteFunc(slices.Clone(endpoints), func(e *outbox.Endpoint) bool { return e.ID == one })
+				w.configure(endpoints...)
+			}
+		case add:
+			if len(endpoints) < 4 {
+				endpoints = append(slices.Clone(endpoints), endpoint(fmt.Sprintf("x%d", events*100+len(w.tries)), func(e *outbox.Endpoint) { e.Concurrency = 2 }))
+				w.configure(endpoints...)
+			}
+		case reconnect:
+			w.set(func() { w.reconnects++; w.wakeLocked() })
+		case restart:
+			clean := false
+			w.set(func() { clean = !w.writesFail && !w.answersLost && !w.savesFail && !w.silent && delay < 100*time.Millisecond })
+			if clean && time.Since(w.hurt) > 10*time.Second {
+				w.haltClean()
+			} else {
+				w.set(func() { w.crashes++ })
+				w.halt()
+			}
+			w.start()
+		case kill:
+			if p.crashing {
+				w.crash()
+				w.start()
+			}
+		}
+		pass(s.pass)
+	}
+	// The faults end.
+	endpoints = change(endpoints, "", func(e *outbox.Endpoint) { e.Status = outbox.Enabled })
+	w.configure(endpoints...)
+	w.set(func() {
+		w.writesFail, w.answersLost, w.readsFail, w.savesFail, w.silent = false, false, false, false, false
+		delay = min(delay, 30*time.Millisecond)
+		for _, r := range w.receivers {
+			r.answer = ok
+		}
+		w.wakeLocked()
+	})
+	err := w.until(3*time.Minute, w.quiet)
+	if err == nil {
+		err = w.finish()
+	}
+	w.halt()
+	return cmp.Or(w.err(), err)
+}
+
+// change copies endpoints with one of them, or all, changed.
+func change(endpoints []*outbox.Endpoint, id string, set func(*outbox.Endpoint)) []*outbox.Endpoint {
+	out := make([]*outbox.Endpoint, len(endpoints))
+	for i, e := range endpoints {
+		if id == "" || e.ID == id {
+			c := *e
+			set(&c)
+			e = &c
+		}
+		out[i] = e
+	}
+	return out
+}
+
+// feels is how a receiver in some mood answers. The same attempt has the same answer.
+func feels(seed uint64, mood string) func(outbox.Attempt) answer {
+	return func(a outbox.Attempt) answer {
+		h := hash(seed, mood, a.Endpoint.ID, a.Event.ID, a.Number)
+		took := time.Duration(h>>8%20) * time.Millisecond
+		r := ok(a)
+		switch mood {
+		case "flaky":
+			if h%3 == 0 {
+				r = fails(a)
+			}
+		case "down":
+			r = fails(a)
+		case "hangs":
+			r = fails(a)
+			r.Reason, r.Status, took = outbox.ReasonTimeout, 0, a.Endpoint.Timeout
+		case "slow":
+			took += time.Duration(500+h>>16%2500) * time.Millisecond
+		case "late":
+			took += 1100 * time.Millisecond
+			if h%2 == 0 {
+				r = fails(a)
+			}
+		case "throttles":
+			if h%3 != 0 {
+				r = fails(a)
+				r.Status, r.Slow, r.RetryAfter = 429, true, time.Duration(h>>16%3)*time.Second
+			}
+		case "poison":
+			if h%3 == 0 {
+				r = dies(a)
+			}
+		}
+		r.after = took
+		return r
+	}
+}
