@@ -76,7 +76,7 @@ var everyKind = []string{
 func capture(t *testing.T) [][]byte {
 	t.Helper()
 	url := pgtest.DB(t)
-	database := url[strings.LastIndex(url, "/")+1:]
+	database, _, _ := strings.Cut(url[strings.LastIndex(url, "/")+1:], "?")
 	pgtest.Exec(t, url, everyKind[0])
 	slots := []string{database + "_text", database + "_binary"}
 	for _, slot := range slots {
@@ -97,7 +97,7 @@ func stream(t *testing.T, url, slot string, options ...string) (frames [][]byte)
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	conn, err := pgconn.Connect(ctx, url+"?replication=database")
+	conn, err := pgconn.Connect(ctx, url+"&replication=database")
 	require.NoError(t, err)
 	defer func() { _ = conn.Close(context.Background()) }()
 	options = append(options, "proto_version '1'", "publication_names 'every'", "messages 'true'")

@@ -263,7 +263,7 @@ type sink struct {
 	confirms bool          // everything handed on is confirmed at once, once its transaction has ended
 	slow     time.Duration // from one row until there is room for the next
 	ready    time.Time
-	last     LSN           // highest Confirm
+	last     LSN // highest Confirm
 
 	// These are called without the lock.
 	onRow        func(n int) error
@@ -626,7 +626,6 @@ func (p *proxy) asks() int {
 	defer p.mu.Unlock()
 	return p.asked
 }
-
 
 // writeHBA replaces the server's rules of who may come in. The file keeps its owner.
 func writeHBA(t *testing.T, server *pgtest.Server, rules string) {

@@ -47,7 +47,6 @@ const (
 	maxTail       = 4096
 	loadBackoff   = 500 * time.Millisecond
 	recountSlack  = 5 * time.Second
-	minRing       = 20 * time.Millisecond
 	overflowPause = time.Minute
 )
 
@@ -58,7 +57,8 @@ const (
 	waiting itemState = iota // its turn will come
 	flying                   // its request is in flight
 	ending                   // its death is being written; its key waits for that
-	left                     // no longer memory's to send: delivered, parked, dead, or read again later
+	left                     // no longer memory's to send: the store has it, to be read again later
+	over                     // delivered or dead
 )
 
 // item is a delivery in memory. Its lane's mu guards it.
@@ -68,13 +68,13 @@ type item struct {
 	attempts int    // spent
 	arrived  time.Time
 	state    itemState
-	read     bool  // it was read back from the store
-	fresh    bool  // flying: counts against the lane's limit, not only against its concurrency
-	stored   bool  // it has a row in walhook.deliveries, or one on its way there
-	changes  int   // of its row, not yet committed
-	changed  bool  // its row was changed after the insert, so that a load may have seen an older state
-	span     *span // what it owes in the ledger; nil once settled, or read back from the store
-	next     *item // in the list of owed
+	read     bool   // it was read back from the store
+	round    uint64 // flying: the lane's when it began
+	stored   bool   // it has a row in walhook.deliveries, or one on its way there
+	changes  int    // of its row, not yet committed
+	changed  bool   // its row was changed after the insert, so that a load may have seen an older state
+	span     *span  // what it owes in the ledger; nil once settled, or read back from the store
+	next     *item  // in the list of owed
 	prev     *item
 }
 
@@ -85,8 +85,8 @@ type queue struct {
 	blocked bool         // rows of this key are stored that are not in items
 	due     time.Time    // blocked: when the first of them may be tried; zero follows items
 	after   cdc.Position // blocked: rows up to here are in items or done
-	pending int          // inserts on their way to the store
-	parks   uint64       // counts inserts, so that a load can tell whether it saw them all
+	pending int          // parked rows on their way to the store, new or changed
+	parks   uint64       // counts them, so that a load can tell whether it saw them all
 	wanted  bool         // in the lane's list of keys to load
 }
 
@@ -112,14 +112,14 @@ type Lane struct {
 	failing  time.Time // since when nothing but failures; zero while well
 	limit    int       // fresh attempts at once, up to the endpoint's concurrency; grows with success
 	inflight int       // attempts
-	fresh    int       // attempts since the lane last began to drain
+	fresh    int       // attempts of this round
 	ready    fifo      // the deliveries that may go now
 	loaded   int       // deliveries read back from the store and waiting
 	queues   map[string]*queue
 	blocked  int                    // queues with blocked set
 	owed     itemList               // deliveries that the store does not have, as they arrived
-	held     map[cdc.Position]*item // stored deliveries that memory answers for: loads pass them over
-	ghosts   []cdc.Position         // of held, to be dropped when the load under way has ended
+	held     map[cdc.Position]*item // stored deliveries that memory answers for
+	ghosts   []ghost                // of held, to be dropped when the load under way has ended
 
 	loading  bool         // one load at a time
 	cursor   cdc.Position // draining: the scan has been here
@@ -128,13 +128,21 @@ type Lane struct {
 	parks    uint64       // counts inserts
 	catching bool         // draining: the end is near, new deliveries wait in tail
 	tail     []*item
+	probing  bool      // draining: the first delivery is to be the oldest, due or not
 	keys     []*queue  // to be loaded
 	nextDue  time.Time // the soonest retry in the store; zero is none
-	cleared  uint64    // counts clear, so that a load can tell that it is stale
+	round    uint64    // counts clear, so that a load can tell that it is stale
 	surplus  int       // recounts in a row that found more than we know of
+	gone     bool      // the endpoint was removed: nothing is parked for it any more
 
 	timer   *time.Timer
 	timerAt time.Time
+}
+
+// ghost is a delivery that has ended or was parked again while a load was under way.
+type ghost struct {
+	pos cdc.Position
+	it  *item
 }
 
 func newLane(r *Relay, ep *Endpoint) *Lane {
@@ -159,7 +167,7 @@ func (l *Lane) open(b Backlog) {
 	l.m.parked.Store(b.Parked)
 	l.m.dead.Store(b.Dead)
 	if l.state == flowing && b.Parked > 0 {
-		l.drain(1)
+		l.probe()
 	}
 }
 
@@ -172,7 +180,7 @@ func (l *Lane) recount(b Backlog) {
 	l.m.dead.Store(b.Dead)
 	overdue := time.Now().Add(-recountSlack)
 	for _, q := range l.queues {
-		if q.blocked && !q.due.IsZero() && q.due.Before(overdue) && len(q.items) == 0 && l.state != parking {
+		if q.blocked && q.due.Before(overdue) && len(q.items) == 0 && l.state != parking {
 			l.want(q) // its row was changed under us, or is gone
 		}
 	}
@@ -206,6 +214,12 @@ func (l *Lane) orderKey(e *Event) string {
 func (l *Lane) add(e *Event, sp *span, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if h := l.held[e.Position]; l.gone || h != nil && h.event != nil && h.event.ID == e.ID {
+		// Its endpoint has just gone; or it came again after a crash, and we have it from the store.
+		l.relay.ledger.Settle(sp)
+		l.relay.release(e)
+		return
+	}
 	it := &item{event: e, key: l.orderKey(e), span: sp, arrived: now}
 	l.owed.push(it)
 	switch {
@@ -286,7 +300,7 @@ func (l *Lane) park(it *item, why Reason) {
 		}
 	}
 	l.insert(it, Change{State: StateParked, Reason: why})
-	l.leave(it)
+	l.leave(it, left)
 }
 
 // insert sends a new row on its way. When it is committed the delivery is settled.
@@ -296,12 +310,6 @@ func (l *Lane) insert(it *item, c Change) {
 	l.held[it.event.Position] = it
 	l.pending++
 	l.parks++
-	var q *queue
-	if it.key != "" {
-		q = l.queue(it.key)
-		q.pending++
-		q.parks++
-	}
 	if c.State != StateDead {
 		l.m.parked.Add(1)
 	}
@@ -310,25 +318,23 @@ func (l *Lane) insert(it *item, c Change) {
 		l.relay.ledger.Settle(it.span)
 		it.span = nil
 		l.pending--
-		l.more = true
-		if q != nil {
-			q.pending--
-			if q.blocked && q.pending == 0 && len(q.items) == 0 && q.due.IsZero() && l.state != parking {
-				l.want(q)
-			}
-			l.tidy(q)
-		}
-		l.load()
 	})
 }
 
 // put writes a change of a stored delivery; done runs under the lane's lock after the commit.
-// Until then memory answers for the delivery.
+// Until then memory answers for the delivery, and nothing of its key is read back that might
+// overtake it.
 func (l *Lane) put(it *item, c Change, done func()) {
 	c.EndpointID, c.Event, c.OrderKey = l.id, it.event, it.key
 	c.Attempts = it.attempts
 	it.changes++
 	it.changed = it.changed || !c.Insert
+	var q *queue
+	if it.key != "" && (c.Insert || c.State == StateParked) {
+		q = l.queue(it.key)
+		q.pending++
+		q.parks++
+	}
 	l.relay.journal.put(c, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -337,29 +343,38 @@ func (l *Lane) put(it *item, c Change, done func()) {
 			done()
 		}
 		l.forget(it)
+		l.dueAt(c.Due)
+		l.more = true
+		if q != nil {
+			q.pending--
+			l.wantNext(q)
+			l.tidy(q)
+		}
+		l.load()
 	})
 }
 
-// leave ends memory's part in a delivery, once its changes are committed.
-func (l *Lane) leave(it *item) {
+// leave ends memory's part in a delivery, once its changes are committed: it is over, or left
+// to the store.
+func (l *Lane) leave(it *item, to itemState) {
 	if it.state == waiting && it.read {
 		l.loaded--
 	}
-	it.state = left
+	it.state = to
 	l.owed.remove(it)
 	l.forget(it)
 }
 
 // forget drops what memory knows of a delivery that has left. A load under way may have read
-// its row before it was changed, so such a row is passed over until that load has ended; one
-// that was only inserted is what a load is to find.
+// its row before it was changed, so memory answers for it until that load has ended; one that
+// was only inserted is what a load is to find.
 func (l *Lane) forget(it *item) {
-	if it.state != left || it.changes > 0 || it.event == nil {
+	if it.state < left || it.changes > 0 || it.event == nil {
 		return
 	}
 	if pos := it.event.Position; it.stored && l.held[pos] == it {
 		if l.loading && it.changed {
-			l.ghosts = append(l.ghosts, pos)
+			l.ghosts = append(l.ghosts, ghost{pos, it})
 		} else {
 			delete(l.held, pos)
 		}
@@ -376,6 +391,7 @@ func (l *Lane) kick() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.dispatch()
+	l.arm()
 }
 
 // dispatch starts as many attempts as may be in flight, and loads more where memory runs low.
@@ -403,7 +419,7 @@ func (l *Lane) next() *item {
 		if it.read {
 			l.loaded--
 		}
-		it.state, it.fresh = flying, true
+		it.state, it.round = flying, l.round
 		l.inflight++
 		l.fresh++
 		return it
@@ -430,7 +446,7 @@ func (l *Lane) work(it *item) {
 		}
 		l.mu.Lock()
 		l.inflight--
-		if it.fresh {
+		if it.round == l.round {
 			l.fresh--
 		}
 		l.ended(it, out)
@@ -447,9 +463,16 @@ func (l *Lane) ended(it *item, out Outcome) {
 		l.delivered(it, now)
 	case Held:
 		l.again(it, Change{State: StateParked, Reason: ReasonBreakerOpen})
+		if !out.Until.After(now) {
+			out.Until = now.Add(loadBackoff)
+		}
 		l.pause(ReasonBreakerOpen, out.Until)
 	case Cut:
-		l.again(it, Change{State: StateParked, Reason: ReasonShutdown})
+		c := Change{State: StateParked, Reason: ReasonShutdown}
+		if l.state != closed {
+			c.Due = now.Add(loadBackoff)
+		}
+		l.again(it, c)
 	case Dead:
 		if out.Status != 0 { // else no request was made
 			it.attempts++
@@ -475,7 +498,7 @@ func (l *Lane) delivered(it *item, now time.Time) {
 		l.relay.ledger.Settle(it.span)
 		it.span = nil
 	}
-	l.leave(it)
+	l.leave(it, over)
 	l.advance(it)
 }
 
@@ -528,7 +551,7 @@ func (l *Lane) again(it *item, c Change) {
 			}
 		}
 	}
-	l.leave(it)
+	l.leave(it, left)
 	l.dueAt(c.Due)
 }
 
@@ -537,7 +560,7 @@ func (l *Lane) unload(it *item, why Reason) {
 	switch {
 	case it.state != waiting:
 	case it.stored:
-		l.leave(it)
+		l.leave(it, left)
 	default:
 		l.park(it, why)
 	}
@@ -552,7 +575,7 @@ func (l *Lane) bury(it *item, out Outcome) {
 	l.m.dead.Add(1)
 	it.state = ending
 	done := func() {
-		l.leave(it)
+		l.leave(it, over)
 		l.advance(it)
 		l.dispatch()
 	}
@@ -572,17 +595,16 @@ func (l *Lane) advance(it *item) {
 	if it.key == "" || q == nil {
 		return
 	}
-	if i := slices.Index(q.items, it); i >= 0 {
-		q.items = slices.Delete(q.items, i, i+1)
+	if len(q.items) > 0 && q.items[0] == it {
+		q.items[0] = nil
+		q.items = q.items[1:]
 	}
-	switch {
-	case len(q.items) > 0:
+	if len(q.items) > 0 {
 		l.ready.push(q.items[0])
-	case q.blocked && q.due.IsZero() && l.state != parking:
-		l.want(q)
-	default:
-		l.tidy(q)
+		return
 	}
+	l.wantNext(q)
+	l.tidy(q)
 }
 
 // pause stops sending until a time, or until somebody resumes it where that is zero, and takes
@@ -593,7 +615,7 @@ func (l *Lane) pause(why Reason, until time.Time) {
 		return
 	case l.state == parking && l.until.IsZero():
 		return
-	case l.state == parking && !until.IsZero() && until.Before(l.until):
+	case l.state == parking && !until.IsZero() && !until.After(l.until):
 		return
 	}
 	if l.state != parking {
@@ -611,10 +633,16 @@ func (l *Lane) drain(limit int) {
 	}
 	l.state = draining
 	l.clear(ReasonBehindEndpoint)
-	l.limit, l.fresh = min(limit, l.ep.Concurrency), 0
-	l.cursor, l.more = cdc.Position{}, true
+	l.limit = min(limit, l.ep.Concurrency)
+	l.cursor, l.more, l.probing = cdc.Position{}, true, false
 	l.dispatch()
 	l.arm()
+}
+
+// probe drains with one attempt at first, and that is of the oldest delivery.
+func (l *Lane) probe() {
+	l.drain(1)
+	l.probing = true
 }
 
 // flow ends the drain: everything that is parked is in memory, or belongs to keys that wait for
@@ -660,7 +688,7 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 		l.pause(ReasonPaused, time.Time{})
 	case old.Status != Enabled:
 		l.failing = time.Time{}
-		l.drain(1)
+		l.probe()
 	case old.Ordering != ep.Ordering:
 		if l.state == flowing {
 			l.drain(l.limit)
@@ -671,31 +699,32 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 }
 
 // clear takes out of memory whatever waits: the next drain finds it in the store, from the
-// oldest on.
+// oldest on. Keys are free again, but those of which something is on its way to the store: what
+// is there already may be newer.
 func (l *Lane) clear(why Reason) {
 	l.catching, l.tail = false, nil
-	l.ready = fifo{}
-	l.keys = nil
 	for it := l.owed.first; it != nil; {
 		next := it.next
 		l.unload(it, why)
 		it = next
 	}
-	for _, it := range l.held {
+	for it := l.ready.pop(); it != nil; it = l.ready.pop() {
 		l.unload(it, why)
-		it.fresh = false
 	}
+	l.keys = nil
 	for _, q := range l.queues {
-		q.items = slices.DeleteFunc(q.items, func(it *item) bool { return it.state == left })
+		for _, it := range q.items {
+			l.unload(it, why)
+		}
+		q.items = slices.DeleteFunc(q.items, func(it *item) bool { return it.state >= left })
 		q.wanted = false
-		if q.due.IsZero() { // a known retry keeps its key blocked, its row may still be on its way
+		q.after = cdc.Position{}
+		if q.pending == 0 {
 			l.unblock(q)
 		}
 	}
-	for it := l.owed.first; it != nil; it = it.next {
-		it.fresh = false
-	}
-	l.cleared++
+	l.fresh = 0
+	l.round++
 }
 
 // letGo parks the deliveries that waited for the end of the drain.
@@ -764,7 +793,8 @@ func (l *Lane) dueAt(t time.Time) {
 	}
 }
 
-// arm sets the timer to what the lane waits for.
+// arm sets the timer to what the lane waits for. What is overdue waits for a load under way, or
+// for the lease: the end of either looks again.
 func (l *Lane) arm() {
 	at := l.nextDue
 	switch l.state {
@@ -773,18 +803,16 @@ func (l *Lane) arm() {
 	case closed:
 		at = time.Time{}
 	}
-	if at.IsZero() || at.Equal(l.timerAt) {
+	now := time.Now()
+	if at.IsZero() || at.Equal(l.timerAt) || l.state != parking && at.Before(now) {
 		return
 	}
 	l.timerAt = at
-	if soon := time.Now().Add(minRing); at.Before(soon) {
-		at = soon // what is overdue waits for a load under way, or for the lease
-	}
 	if l.timer == nil {
-		l.timer = time.AfterFunc(time.Until(at), l.ring)
+		l.timer = time.AfterFunc(at.Sub(now), l.ring)
 		return
 	}
-	l.timer.Reset(time.Until(at))
+	l.timer.Reset(at.Sub(now))
 }
 
 func (l *Lane) ring() {
@@ -792,7 +820,7 @@ func (l *Lane) ring() {
 	defer l.mu.Unlock()
 	l.timerAt = time.Time{}
 	if l.state == parking && !l.until.IsZero() && !time.Now().Before(l.until) {
-		l.drain(1)
+		l.probe()
 		return
 	}
 	l.load()
@@ -807,6 +835,13 @@ func (l *Lane) want(q *queue) {
 	q.wanted = true
 	l.keys = append(l.keys, q)
 	l.load()
+}
+
+// wantNext loads more of a key that waits for nothing else.
+func (l *Lane) wantNext(q *queue) {
+	if q.blocked && q.due.IsZero() && len(q.items) == 0 && q.pending == 0 && l.state != parking {
+		l.want(q)
+	}
 }
 
 // load reads from the store what may go next: keys whose head is done, retries that are due,
@@ -838,10 +873,12 @@ func (l *Lane) load() {
 			take()
 		}
 		l.loading = false
-		for _, pos := range l.ghosts {
-			delete(l.held, pos)
+		for _, g := range l.ghosts {
+			if l.held[g.pos] == g.it {
+				delete(l.held, g.pos)
+			}
 		}
-		l.ghosts = l.ghosts[:0]
+		l.ghosts = nil
 		if err != nil {
 			if l.relay.sendCtx.Err() == nil {
 				l.log.Warn("parked deliveries cannot be read", zap.Error(err))
@@ -850,6 +887,7 @@ func (l *Lane) load() {
 			return
 		}
 		l.dispatch()
+		l.arm()
 	}()
 }
 
@@ -860,15 +898,17 @@ type job func(context.Context) (take func(), err error)
 func (l *Lane) scan(limit int) job {
 	var skip []string
 	for key, q := range l.queues {
-		if q.blocked && len(skip) < maxSkip {
-			skip = append(skip, key)
+		if q.blocked {
+			if skip = append(skip, key); len(skip) == maxSkip {
+				break
+			}
 		}
 	}
-	cursor, parks, cleared := l.cursor, l.parks, l.cleared
+	cursor, parks, round := l.cursor, l.parks, l.round
 	return func(ctx context.Context) (func(), error) {
 		rows, more, err := l.relay.store.Scan(ctx, l.id, cursor, skip, limit, scanPageBytes)
 		return func() {
-			if l.cleared == cleared && l.state == draining {
+			if l.round == round && l.state == draining {
 				l.scanned(rows, more, parks)
 			}
 		}, err
@@ -877,30 +917,24 @@ func (l *Lane) scan(limit int) job {
 
 func (l *Lane) scanned(rows []Stored, more bool, parks uint64) {
 	now := time.Now()
-	// The probe is the oldest delivery, also where its retry is due only a little later: better
-	// than a newer one.
-	early := now
-	if l.limit == 1 && l.inflight == 0 {
-		early = now.Add(l.ep.Breaker.OpenFor)
-	}
 	for _, row := range rows {
-		pos := row.Event.Position
-		if h := l.held[pos]; h != nil && h.state == left && h.span != nil {
-			l.more = false // its insert is told in a moment, and sets more again
+		if wait, again := l.unsure(row); wait || again {
+			l.more = again
 			return
 		}
-		l.cursor = pos
+		l.cursor = row.Event.Position
 		q := l.queues[row.OrderKey]
 		switch {
 		case row.OrderKey != "" && q != nil && q.blocked:
-		case row.Due.After(early):
+		// Better the oldest a little before its time than a newer one.
+		case row.Due.After(now) && !(l.probing && row.Due.Before(now.Add(l.ep.Breaker.OpenFor))):
 			if row.OrderKey != "" {
 				l.block(l.queue(row.OrderKey), row.Due)
 			}
 			l.dueAt(row.Due)
 		default:
 			if l.take(row) {
-				early = now
+				l.probing = false
 			}
 		}
 	}
@@ -914,14 +948,25 @@ func (l *Lane) scanned(rows []Stored, more bool, parks uint64) {
 	}
 }
 
+// unsure tells that a row may be read differently in a moment: its delivery was parked again,
+// and the load may have begun before that was committed. wait is for a commit not yet told,
+// which looks again by itself. What comes behind such a row might overtake it.
+func (l *Lane) unsure(row Stored) (wait, again bool) {
+	h := l.held[row.Event.Position]
+	if h == nil || h.state != left {
+		return false, false
+	}
+	return h.changes > 0, h.changes == 0
+}
+
 // loadKey is the job that reads the next rows of the first key on the list.
 func (l *Lane) loadKey() job {
 	q := l.keys[0]
-	after, parks, cleared := q.after, q.parks, l.cleared
+	after, parks, round := q.after, q.parks, l.round
 	return func(ctx context.Context) (func(), error) {
 		rows, more, err := l.relay.store.ScanKey(ctx, l.id, q.key, after, keyPage, scanPageBytes)
 		return func() {
-			if l.cleared != cleared || len(l.keys) == 0 || l.keys[0] != q {
+			if l.round != round || len(l.keys) == 0 || l.keys[0] != q {
 				return
 			}
 			l.keys = l.keys[1:]
@@ -937,37 +982,37 @@ func (l *Lane) loadKey() job {
 func (l *Lane) keyLoaded(q *queue, rows []Stored, more bool, parks uint64) {
 	now := time.Now()
 	for _, row := range rows {
-		pos := row.Event.Position
-		if h := l.held[pos]; h != nil && h.state == left && h.span != nil {
-			more = true
-			break
+		if wait, again := l.unsure(row); wait || again {
+			if again && len(q.items) == 0 {
+				l.want(q)
+			}
+			return
 		}
 		if len(q.items) == 0 && row.Due.After(now) {
 			l.block(q, row.Due)
 			l.dueAt(row.Due)
 			return
 		}
-		q.after = pos
+		q.after = row.Event.Position
 		q.due = time.Time{}
 		l.take(row)
 	}
-	switch {
-	case !more && q.pending == 0 && q.parks == parks:
+	if !more && q.pending == 0 && q.parks == parks {
 		l.unblock(q) // all of them are in memory
-	case len(q.items) == 0 && q.pending == 0:
-		l.want(q)
+		return
 	}
+	l.wantNext(q)
 }
 
 // loadDue is the job that finds the retries whose time has come.
 func (l *Lane) loadDue() job {
-	cleared := l.cleared
+	round := l.round
 	now := time.Now()
 	l.nextDue = time.Time{}
 	return func(ctx context.Context) (func(), error) {
 		keys, loose, next, err := l.relay.store.Due(ctx, l.id, now, duePage, scanPageBytes)
 		return func() {
-			if l.cleared != cleared {
+			if l.round != round {
 				next = now
 			} else {
 				for _, key := range keys {

@@ -440,7 +440,6 @@ func (s *Server) URLFor(database string) string {
 	u := url.URL{
 		Scheme: "postgres", User: url.User("postgres"),
 		Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(s.port)), Path: "/" + database,
-		RawQuery: "sslmode=disable", // whatever PGSSLMODE says
 	}
 	return u.String()
 }
