@@ -9,10 +9,9 @@ PG_BINS   ?= $(wildcard /usr/lib/postgresql/*/bin)
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOLS   := bin/tools
-# The version comes from git above. Go's own stamp fails in a clone that another user owns.
 # What would turn a connection to a throwaway Postgres elsewhere.
 unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABASE PGOPTIONS
-
+# The version comes from git above. Go's own stamp fails in a clone that another user owns.
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help

@@ -35,6 +35,9 @@ type Claims interface {
 	Checkpoint(ctx context.Context) (c Checkpoint, ok bool, err error)
 	// Claim makes us the holder and returns the record, new where there was none.
 	Claim(ctx context.Context, s cdc.Session) (Checkpoint, error)
+	// Alone tells whether no other slot has a record in this schema: what is parked for an endpoint
+	// that we do not know could be another walhook's.
+	Alone(ctx context.Context) (bool, error)
 	// SetStatus keeps the status that we gave an endpoint through restarts.
 	SetStatus(ctx context.Context, endpointID string, status Status, reason string) error
 }
@@ -546,6 +549,10 @@ func (r *Relay) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read what is parked: %w", err)
 	}
+	alone, err := r.cfg.Claims.Alone(ctx)
+	if err != nil {
+		return fmt.Errorf("read what is parked: %w", err)
+	}
 	r.mu.Lock()
 	r.opened = true
 	r.backlog = map[string]Backlog{}
@@ -557,8 +564,11 @@ func (r *Relay) open(ctx context.Context) error {
 		switch {
 		case b.EndpointID == "":
 			r.metrics.lane("").dead.Store(b.Dead)
-		case r.laneByID(b.EndpointID) == nil && b.Parked > 0:
+		case r.laneByID(b.EndpointID) != nil || b.Parked == 0:
+		case alone:
 			r.bury(ctx, b.EndpointID)
+		default:
+			r.log.Warn("deliveries are parked for an endpoint that is not ours; they are left to the other slots of this schema", zap.String("endpoint", b.EndpointID), zap.Int64("parked", b.Parked))
 		}
 	}
 	return nil

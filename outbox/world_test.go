@@ -888,6 +888,8 @@ func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, er
 	return c, nil
 }
 
+func (s *flaky) Alone(context.Context) (bool, error) { return true, nil }
+
 func (s *flaky) SetStatus(_ context.Context, endpointID string, _ outbox.Status, _ string) error {
 	s.w.set(func() { s.claims[endpointID]++ })
 	return nil

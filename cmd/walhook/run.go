@@ -469,6 +469,8 @@ func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, e
 	return claimed.Checkpoint, nil
 }
 
+func (c *claims) Alone(ctx context.Context) (bool, error) { return c.store.Alone(ctx) }
+
 func (c *claims) SetStatus(ctx context.Context, endpointID string, status outbox.Status, reason string) error {
 	return c.store.SaveEndpointState(ctx, store.EndpointState{EndpointID: endpointID, Status: status, Reason: reason, Since: time.Now()})
 }

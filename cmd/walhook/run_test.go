@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -47,11 +48,17 @@ type bench struct {
 	slot string
 	dir  string
 	sql  *pgx.Conn // of ask
+	base int       // what the numbers of the next produce begin behind
 }
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	b := &bench{t: t, url: pgtest.DB(t), dir: t.TempDir(), slot: fmt.Sprintf("t%d", time.Now().UnixNano())}
+	return newBenchOn(t, pgtest.DB(t))
+}
+
+func newBenchOn(t *testing.T, url string) *bench {
+	t.Helper()
+	b := &bench{t: t, url: url, dir: t.TempDir(), slot: fmt.Sprintf("t%d", time.Now().UnixNano())}
 	b.exec("create table outbox (id bigserial primary key, aggregatetype text, aggregateid text, type text, payload text)")
 	return b
 }
@@ -111,7 +118,7 @@ func (b *bench) produce(clients, n, keys int) {
 					rows := 1 + i%7/5
 					for range min(rows, n-i) {
 						key := fmt.Sprintf("%d-%d", c, i%keys)
-						payload := fmt.Sprintf(`{"key":%q,"n":%d}`, key, i+1)
+						payload := fmt.Sprintf(`{"key":%q,"n":%d}`, key, b.base+i+1)
 						if _, err := tx.Exec(context.Background(), "insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', $1, 'order.changed', $2)", key, payload); err != nil {
 							return err
 						}
@@ -133,6 +140,7 @@ func (b *bench) produce(clients, n, keys int) {
 		})
 	}
 	wg.Wait()
+	b.base += n
 }
 
 // requireAll waits until the receiver has n events and checks what it got: in order, none
@@ -566,4 +574,46 @@ func TestMessagesAndPartitionsNeedNoTableOfTheirOwn(t *testing.T) {
 		}
 	}
 	require.Equal(t, map[string]int{"part.changed": 10, "message.sent": 1, "order.changed": 1}, types, "%v", slices.Sorted(maps.Keys(types)))
+}
+
+func TestPostgresStopsAndCrashesLoseAndRepeatNothing(t *testing.T) {
+	t.Parallel()
+	server := pgtest.New(t, pgtest.Config{Settings: map[string]string{"fsync": "on"}})
+	b := newBenchOn(t, server.URL())
+	var hanging atomic.Bool
+	rx := sendertest.New(t, sendertest.Config{Secrets: []string{testSecret}, Respond: func(sendertest.Request) sendertest.Answer {
+		if hanging.Load() {
+			return sendertest.Hang()
+		}
+		return sendertest.Status(204)
+	}})
+	p := start(t, b.config(endpoint("billing", rx, ", timeout: 3s"))).streaming()
+	b.produce(2, 200, 5)
+	requireAll(t, rx, 400)
+
+	// A fast shutdown waits for us to confirm everything; with a receiver that hangs it would wait
+	// for ever if we kept the connection.
+	hanging.Store(true)
+	b.produce(2, 200, 5)
+	requireAtLeast(t, rx, 401)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	require.NoError(t, server.Stop(ctx, pgtest.Fast))
+	hanging.Store(false)
+	require.NoError(t, server.Start(ctx))
+	requireAll(t, rx, 800)
+	require.Zero(t, repeats(rx))
+
+	for range 3 {
+		require.NoError(t, server.Kill())
+		require.NoError(t, server.Start(ctx))
+		b.produce(1, 100, 5)
+	}
+	requireAll(t, rx, 1100)
+	require.Zero(t, repeats(rx))
+	p.stop()
+	start(t, filepath.Join(b.dir, "walhook.yaml")).streaming()
+	b.produce(1, 1, 5)
+	requireAll(t, rx, 1101)
+	require.Zero(t, repeats(rx))
 }

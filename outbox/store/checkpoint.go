@@ -129,6 +129,19 @@ and pid <> pg_backend_pid()
 and wait_event = 'ClientRead'
 and xact_start < clock_timestamp() - interval '1 second'`
 
+const onlyOne = `
+select count(*) = 1
+from walhook.checkpoints`
+
+// Alone tells whether the schema serves one slot only.
+func (s *Store) Alone(ctx context.Context) (alone bool, err error) {
+	err = s.plain(ctx, step{what: "count", sql: onlyOne, row: func(r pgx.Rows) error { return r.Scan(&alone) }})
+	if err != nil {
+		return false, fmt.Errorf("count checkpoints: %w", err)
+	}
+	return alone, nil
+}
+
 // Claim takes the checkpoint over for the instance that has just got the slot: from here on
 // writes of the holder before fail with ErrFenced. Where that was ourselves, and nobody since, the
 // epoch stays, or a write of ours that is under way would fail. Where there is no checkpoint, it is made at

@@ -106,13 +106,14 @@ create table if not exists walhook.endpoint_states (
 );
 
 -- hold keeps the slot with the holder of this epoch until the transaction ends, or raises
--- WH001 where another has taken it.
+-- WH001 where another has taken it. Who takes it locks the row for update, so waits for us;
+-- a checkpoint that is saved meanwhile does not.
 create or replace function walhook.hold(slot text, epoch bigint) returns void
 language plpgsql as $$
 begin
     perform from walhook.checkpoints c
     where c.slot = hold.slot and c.epoch = hold.epoch
-    for share;
+    for key share;
     if not found then
         raise exception 'another instance holds slot %', slot using errcode = 'WH001';
     end if;
