@@ -3,6 +3,7 @@ package cdc
 import (
 	"context"
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"net"
 	"net/url"
@@ -24,9 +25,17 @@ import (
 	"github.com/walhook/walhook/cdc/pgtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain lets more tests run side by side than there are processors: they wait for Postgres most
+// of the time.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
-// patience is how long a test waits for what must happen.
+// testPatience is how long a test waits for what must happen.
 const testPatience = 30 * time.Second
 
 // lab is a database with an outbox, a slot's name, and a session to work with.
@@ -71,7 +80,9 @@ func (l *lab) session() *pgx.Conn {
 
 func (l *lab) exec(sql string, args ...any) {
 	l.t.Helper()
-	_, err := l.conn.Exec(l.t.Context(), sql, args...)
+	ctx, cancel := context.WithTimeout(l.t.Context(), testPatience)
+	defer cancel()
+	_, err := l.conn.Exec(ctx, sql, args...)
 	require.NoError(l.t, err, sql)
 }
 
@@ -79,7 +90,9 @@ func (l *lab) exec(sql string, args ...any) {
 func (l *lab) value(sql string, args ...any) string {
 	l.t.Helper()
 	var v *string
-	err := l.conn.QueryRow(l.t.Context(), "select ("+sql+")::text", args...).Scan(&v)
+	ctx, cancel := context.WithTimeout(l.t.Context(), testPatience)
+	defer cancel()
+	err := l.conn.QueryRow(ctx, "select ("+sql+")::text", args...).Scan(&v)
 	require.NoError(l.t, err, sql)
 	if v == nil {
 		return ""
@@ -117,6 +130,15 @@ func (l *lab) insert(note string) LSN {
 	l.t.Helper()
 	l.exec("insert into outbox (note) values ($1)", note)
 	return l.walEnd()
+}
+
+// copyIn commits rows by one COPY.
+func (l *lab) copyIn(notes []string) {
+	l.t.Helper()
+	_, err := l.conn.CopyFrom(l.t.Context(), pgx.Identifier{"outbox"}, []string{"note"}, pgx.CopyFromSlice(len(notes), func(i int) ([]any, error) {
+		return []any{notes[i]}, nil
+	}))
+	require.NoError(l.t, err)
 }
 
 func (l *lab) config() Config {
@@ -178,6 +200,11 @@ func (r *running) halt() {
 	case <-time.After(3 * time.Second):
 		r.t.Errorf("the stream did not end; it is %+v", r.Status())
 		<-r.ended
+	}
+	r.sink.mu.Lock()
+	defer r.sink.mu.Unlock()
+	for _, broken := range r.sink.broken {
+		r.t.Error(broken)
 	}
 }
 
@@ -256,6 +283,8 @@ type sink struct {
 	rows     []got
 	ends     []LSN
 	idle     LSN
+	open     bool     // there were rows since the last commit
+	broken   []string // promises that Commit and Idle did not keep
 	sessions []Session
 	at       Resume
 	made     bool // the checkpoint exists
@@ -358,7 +387,7 @@ func (s *sink) Row(r *Row) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rows = append(s.rows, g)
+	s.rows, s.open = append(s.rows, g), true
 	s.ready = time.Now().Add(s.slow)
 	s.signal()
 	return nil
@@ -367,13 +396,19 @@ func (s *sink) Row(r *Row) error {
 func (s *sink) Commit(end LSN) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ends = append(s.ends, end)
+	if n := len(s.rows); s.open && end <= s.rows[n-1].Commit {
+		s.broken = append(s.broken, fmt.Sprintf("the transaction of row %s ended at %s", s.rows[n-1].Position, end))
+	}
+	s.ends, s.open = append(s.ends, end), false
 	s.settled(end)
 }
 
 func (s *sink) Idle(at LSN) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.open {
+		s.broken = append(s.broken, fmt.Sprintf("idle at %s, amidst a transaction", at))
+	}
 	s.idle = max(s.idle, at)
 	s.settled(at)
 }

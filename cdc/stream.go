@@ -93,8 +93,7 @@ type Stream struct {
 	sink Sink
 	log  *zap.Logger
 
-	silence     time.Duration // maxSilence and surveyInterval, but in tests
-	surveyEvery time.Duration
+	limits limits
 
 	handing sync.Mutex    // held while a row is handed on, so that none is after Drain
 	drained chan struct{} // closed by Drain
@@ -122,6 +121,9 @@ type Stream struct {
 	pid       int32 // of the server's process behind our last connection
 }
 
+// limits are the constants of the same purpose, but in tests.
+type limits struct{ silence, open, survey, backoff time.Duration }
+
 // confirmation is a position that the server may be told once the stream has passed proof.
 type confirmation struct{ at, proof LSN }
 
@@ -138,7 +140,7 @@ type Status struct {
 func New(cfg Config, sink Sink) *Stream {
 	return &Stream{
 		cfg: cfg, sink: sink, log: cfg.Logger.Named("cdc"),
-		silence: maxSilence, patience: maxSilence, surveyEvery: surveyInterval,
+		limits:  limits{silence: maxSilence, open: openTimeout, survey: surveyInterval, backoff: maxBackoff},
 		drained: make(chan struct{}),
 		status:  Status{State: Connecting, Since: time.Now()},
 	}
@@ -149,6 +151,7 @@ func New(cfg Config, sink Sink) *Stream {
 // wrapped in Halt.
 func (s *Stream) Run(ctx context.Context) error {
 	backoff := minBackoff
+	s.patience = s.limits.silence
 	for {
 		began := time.Now()
 		err := s.session(ctx)
@@ -167,7 +170,7 @@ func (s *Stream) Run(ctx context.Context) error {
 			return f
 		}
 		s.setStatus(f.State, f)
-		if time.Since(began) > 2*maxBackoff {
+		if time.Since(began) > 2*s.limits.backoff {
 			backoff = minBackoff
 		}
 		wait := backoff
@@ -187,7 +190,7 @@ func (s *Stream) Run(ctx context.Context) error {
 			}
 		}
 		if f.State != Standby {
-			backoff = min(2*backoff, maxBackoff)
+			backoff = min(2*backoff, s.limits.backoff)
 		}
 		if !sleep(ctx, jitter(wait)) {
 			return nil
@@ -349,7 +352,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	open, cancel := context.WithTimeout(ctx, openTimeout)
+	open, cancel := context.WithTimeout(ctx, s.limits.open)
 	defer cancel()
 	notices := make(chan *pgconn.Notice, 1)
 	conn, err := s.cfg.connectReplication(open, func(n *pgconn.Notice) {
@@ -447,7 +450,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 
 // prepare looks at the catalogue, mends what may be mended, and says what stands in the way.
 func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.limits.open)
 	defer cancel()
 	conn, err := s.cfg.connectSQL(ctx)
 	if err != nil {
@@ -624,7 +627,7 @@ func (s *Stream) tellWait(ctx context.Context, pid uint32) {
 }
 
 func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN) error {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.limits.open)
 	defer cancel()
 	// Identifier first, then literal: the option is a list of identifiers inside a string.
 	name := strings.ReplaceAll(quoteName(s.cfg.Publication), "'", "''")
@@ -663,7 +666,7 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 		case errors.As(err, &pg) && pg.Code == "57P03":
 			return errShutdown
 		case err != nil: // the stream itself will notice
-			wait = s.surveyEvery
+			wait = s.limits.survey
 			continue
 		}
 		err = s.watchOn(ctx, conn, oids)
@@ -680,13 +683,13 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 // watchOn returns when conn's session ends, or with a Fault.
 func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, oids map[Table]uint32) error {
 	for {
-		look, cancel := context.WithTimeout(ctx, s.surveyEvery)
+		look, cancel := context.WithTimeout(ctx, s.limits.survey)
 		_, err := conn.WaitForNotification(look) // none ever comes
 		cancel()
 		if !pgconn.Timeout(err) || ctx.Err() != nil {
 			return err
 		}
-		ask, cancel := context.WithTimeout(ctx, openTimeout)
+		ask, cancel := context.WithTimeout(ctx, s.limits.open)
 		sv, err := survey(ask, conn, &s.cfg)
 		cancel()
 		if err != nil {
@@ -894,7 +897,7 @@ func (r *reader) keepalive(b []byte) error {
 	at := LSN(binary.BigEndian.Uint64(b))
 	r.receive(at)
 	if r.heard.Sub(r.began) > r.s.patience { // it speaks while it decodes
-		r.s.patience = r.s.silence
+		r.s.patience = r.s.limits.silence
 	}
 	// Inside a transaction the position says nothing of what we were given, and neither does it
 	// before the transaction that a lost connection cut in two has come again.
@@ -951,12 +954,8 @@ func (r *reader) data(ctx context.Context, b []byte) error {
 	case kindCommit:
 		r.inTx = false
 		r.receive(m.endLSN)
-		s.patience = s.silence
-		if r.commit < s.end || r.commit < r.resume.LSN || s.discarded {
-			break // it was handed on whole before, or settled
-		}
-		if s.draining() && !s.open {
-			s.discarded = true // its rows, if any, were dropped
+		s.patience = s.limits.silence
+		if r.commit < r.resume.LSN || s.discarded {
 			break
 		}
 		s.open = false

@@ -85,7 +85,7 @@ type queue struct {
 	blocked bool         // rows of this key are stored that are not in items
 	due     time.Time    // blocked: when the first of them may be tried; zero follows items
 	after   cdc.Position // blocked: rows up to here are in items or done
-	pending int          // parked rows on their way to the store, new or changed
+	untold  positions    // parked rows on their way to the store, new or changed
 	parks   uint64       // counts them, so that a load can tell whether it saw them all
 	wanted  bool         // in the lane's list of keys to load
 }
@@ -124,14 +124,16 @@ type Lane struct {
 	loading  bool         // one load at a time
 	cursor   cdc.Position // draining: the scan has been here
 	more     bool         // draining: rows may follow the cursor
-	pending  int          // inserts on their way to the store
 	parks    uint64       // counts inserts
+	told     uint64       // counts those that are committed
+	untold   positions    // of them, those that wait for nothing but their turn
 	catching bool         // draining: the end is near, new deliveries wait in tail
 	tail     []*item
 	probing  bool      // draining: the first delivery is to be the oldest, due or not
 	keys     []*queue  // to be loaded
 	nextDue  time.Time // the soonest retry in the store; zero is none
 	round    uint64    // counts clear, so that a load can tell that it is stale
+	ahead    bool      // a load met a row that the stream has not come to
 	surplus  int       // recounts in a row that found more than we know of
 	gone     bool      // the endpoint was removed: nothing is parked for it any more
 
@@ -184,7 +186,7 @@ func (l *Lane) recount(b Backlog) {
 			l.want(q) // its row was changed under us, or is gone
 		}
 	}
-	if l.state != flowing || l.pending > 0 || b.Parked == 0 {
+	if l.state != flowing || l.told < l.parks || b.Parked == 0 {
 		l.surplus = 0
 		return
 	}
@@ -287,7 +289,7 @@ func (l *Lane) unblock(q *queue) {
 }
 
 func (l *Lane) tidy(q *queue) {
-	if len(q.items) == 0 && !q.blocked && q.pending == 0 && !q.wanted {
+	if len(q.items) == 0 && !q.blocked && len(q.untold) == 0 && !q.wanted {
 		delete(l.queues, q.key)
 	}
 }
@@ -299,16 +301,17 @@ func (l *Lane) park(it *item, why Reason) {
 			l.block(q, time.Time{})
 		}
 	}
-	l.insert(it, Change{State: StateParked, Reason: why})
+	l.untold.push(it.event.Position)
+	l.insert(it, Change{State: StateParked, Reason: why}, func() { l.untold.pop() })
 	l.leave(it, left)
 }
 
-// insert sends a new row on its way. When it is committed the delivery is settled.
-func (l *Lane) insert(it *item, c Change) {
+// insert sends a new row on its way. When it is committed the delivery is settled, and done runs
+// under the lane's lock.
+func (l *Lane) insert(it *item, c Change, done func()) {
 	it.stored = true
 	l.owed.remove(it)
 	l.held[it.event.Position] = it
-	l.pending++
 	l.parks++
 	if c.State != StateDead {
 		l.m.parked.Add(1)
@@ -317,7 +320,10 @@ func (l *Lane) insert(it *item, c Change) {
 	l.put(it, c, func() {
 		l.relay.ledger.Settle(it.span)
 		it.span = nil
-		l.pending--
+		l.told++
+		if done != nil {
+			done()
+		}
 	})
 }
 
@@ -332,7 +338,7 @@ func (l *Lane) put(it *item, c Change, done func()) {
 	var q *queue
 	if it.key != "" && (c.Insert || c.State == StateParked) {
 		q = l.queue(it.key)
-		q.pending++
+		q.untold.push(it.event.Position)
 		q.parks++
 	}
 	l.relay.journal.put(c, func() {
@@ -346,7 +352,7 @@ func (l *Lane) put(it *item, c Change, done func()) {
 		l.dueAt(c.Due)
 		l.more = true
 		if q != nil {
-			q.pending--
+			q.untold.pop()
 			l.wantNext(q)
 			l.tidy(q)
 		}
@@ -390,6 +396,12 @@ func (l *Lane) mayWork() bool { return l.state != closed && l.relay.leased() }
 func (l *Lane) kick() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.ahead {
+		l.ahead, l.more = false, true
+		for _, q := range l.queues {
+			l.wantNext(q)
+		}
+	}
 	l.dispatch()
 	l.arm()
 }
@@ -538,7 +550,7 @@ func (l *Lane) again(it *item, c Change) {
 	if it.stored {
 		l.put(it, c, nil)
 	} else {
-		l.insert(it, c)
+		l.insert(it, c, nil)
 	}
 	if it.key != "" {
 		q := l.queue(it.key)
@@ -585,7 +597,7 @@ func (l *Lane) bury(it *item, out Outcome) {
 		l.put(it, c, done)
 		return
 	}
-	l.insert(it, c)
+	l.insert(it, c, nil)
 	l.put(it, c, done)
 }
 
@@ -674,6 +686,14 @@ func (l *Lane) close() {
 	}
 }
 
+// remove closes the lane of an endpoint that is gone.
+func (l *Lane) remove() {
+	l.close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.gone = true
+}
+
 // setEndpoint takes up new settings. Nothing of what the lane has learned is lost.
 func (l *Lane) setEndpoint(ep *Endpoint) {
 	l.mu.Lock()
@@ -719,7 +739,7 @@ func (l *Lane) clear(why Reason) {
 		q.items = slices.DeleteFunc(q.items, func(it *item) bool { return it.state >= left })
 		q.wanted = false
 		q.after = cdc.Position{}
-		if q.pending == 0 {
+		if len(q.untold) == 0 {
 			l.unblock(q)
 		}
 	}
@@ -751,7 +771,7 @@ func (l *Lane) spill(before time.Time) {
 	for it := l.owed.first; it != nil && it.arrived.Before(before); {
 		next := it.next
 		if it.state == flying {
-			l.insert(it, Change{State: StateSending, Reason: ReasonSlow})
+			l.insert(it, Change{State: StateSending, Reason: ReasonSlow}, nil)
 		} else if q := l.queues[it.key]; l.catching || it.key == "" || q == nil || len(q.items) == 0 || q.items[0] == it || q.items[0].state == waiting {
 			behind = behind || it.state == waiting
 		} else if len(slow) == 0 || slow[len(slow)-1] != q {
@@ -804,7 +824,11 @@ func (l *Lane) arm() {
 		at = time.Time{}
 	}
 	now := time.Now()
-	if at.IsZero() || at.Equal(l.timerAt) || l.state != parking && at.Before(now) {
+	switch {
+	case at.IsZero() || at.Equal(l.timerAt):
+		return
+	case l.state != parking && !at.After(now):
+		l.load()
 		return
 	}
 	l.timerAt = at
@@ -823,7 +847,6 @@ func (l *Lane) ring() {
 		l.probe()
 		return
 	}
-	l.load()
 	l.arm()
 }
 
@@ -839,7 +862,7 @@ func (l *Lane) want(q *queue) {
 
 // wantNext loads more of a key that waits for nothing else.
 func (l *Lane) wantNext(q *queue) {
-	if q.blocked && q.due.IsZero() && len(q.items) == 0 && q.pending == 0 && l.state != parking {
+	if q.blocked && q.due.IsZero() && len(q.items) == 0 && l.state != parking {
 		l.want(q)
 	}
 }
@@ -894,6 +917,31 @@ func (l *Lane) load() {
 // job reads from the store without the lane's lock and returns what to do with it under the lock.
 type job func(context.Context) (take func(), err error)
 
+// sight is how far what a load reads can be relied on: behind it rows may be missing that come
+// before those that are there. It is taken before the load.
+type sight struct {
+	untold cdc.Position // the first of what is on its way to the store; zero where nothing is
+	reach  reach        // how far the stream has come
+}
+
+// sees tells whether a row may be taken up. Where not, the load is to be made again: at once, or
+// by whoever tells of a commit or of the stream's progress.
+func (l *Lane) sees(v sight, untold positions, row Stored) (ok, again bool) {
+	pos := row.Event.Position
+	h := l.held[pos]
+	switch {
+	case v.untold != (cdc.Position{}) && pos.Compare(v.untold) > 0:
+		return false, untold.least() != v.untold
+	case !v.reach.has(pos):
+		l.ahead = true
+		l.relay.rouse()
+		return false, false
+	case h != nil && h.state == left: // it was parked again, maybe since the row was read
+		return false, h.changes == 0
+	}
+	return true, false
+}
+
 // scan is the job that reads the next page of what is parked, in commit order.
 func (l *Lane) scan(limit int) job {
 	var skip []string
@@ -904,21 +952,23 @@ func (l *Lane) scan(limit int) job {
 			}
 		}
 	}
-	cursor, parks, round := l.cursor, l.parks, l.round
+	cursor, parks, round, settled, v := l.cursor, l.parks, l.round, l.told == l.parks, sight{l.untold.least(), l.relay.reached()}
 	return func(ctx context.Context) (func(), error) {
 		rows, more, err := l.relay.store.Scan(ctx, l.id, cursor, skip, limit, scanPageBytes)
 		return func() {
 			if l.round == round && l.state == draining {
-				l.scanned(rows, more, parks)
+				l.scanned(v, rows, more, settled && l.parks == parks)
 			}
 		}, err
 	}
 }
 
-func (l *Lane) scanned(rows []Stored, more bool, parks uint64) {
+// scanned takes up a page. whole tells that nothing was on its way to the store meanwhile that
+// the page may lack.
+func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 	now := time.Now()
 	for _, row := range rows {
-		if wait, again := l.unsure(row); wait || again {
+		if ok, again := l.sees(v, l.untold, row); !ok {
 			l.more = again
 			return
 		}
@@ -940,29 +990,18 @@ func (l *Lane) scanned(rows []Stored, more bool, parks uint64) {
 	}
 	switch l.more = more; {
 	case more:
-	case l.pending == 0 && l.parks == parks:
+	case whole:
 		l.flow()
 	default:
 		l.catching = true
-		l.more = l.pending == 0
+		l.more = l.told == l.parks
 	}
-}
-
-// unsure tells that a row may be read differently in a moment: its delivery was parked again,
-// and the load may have begun before that was committed. wait is for a commit not yet told,
-// which looks again by itself. What comes behind such a row might overtake it.
-func (l *Lane) unsure(row Stored) (wait, again bool) {
-	h := l.held[row.Event.Position]
-	if h == nil || h.state != left {
-		return false, false
-	}
-	return h.changes > 0, h.changes == 0
 }
 
 // loadKey is the job that reads the next rows of the first key on the list.
 func (l *Lane) loadKey() job {
 	q := l.keys[0]
-	after, parks, round := q.after, q.parks, l.round
+	after, parks, round, settled, v := q.after, q.parks, l.round, len(q.untold) == 0, sight{q.untold.least(), l.relay.reached()}
 	return func(ctx context.Context) (func(), error) {
 		rows, more, err := l.relay.store.ScanKey(ctx, l.id, q.key, after, keyPage, scanPageBytes)
 		return func() {
@@ -972,19 +1011,19 @@ func (l *Lane) loadKey() job {
 			l.keys = l.keys[1:]
 			q.wanted = false
 			if q.blocked && len(q.items) == 0 {
-				l.keyLoaded(q, rows, more, parks)
+				l.keyLoaded(q, v, rows, more, settled && q.parks == parks)
 			}
 			l.tidy(q)
 		}, err
 	}
 }
 
-func (l *Lane) keyLoaded(q *queue, rows []Stored, more bool, parks uint64) {
+func (l *Lane) keyLoaded(q *queue, v sight, rows []Stored, more, whole bool) {
 	now := time.Now()
 	for _, row := range rows {
-		if wait, again := l.unsure(row); wait || again {
-			if again && len(q.items) == 0 {
-				l.want(q)
+		if ok, again := l.sees(v, q.untold, row); !ok {
+			if again {
+				l.wantNext(q)
 			}
 			return
 		}
@@ -997,11 +1036,14 @@ func (l *Lane) keyLoaded(q *queue, rows []Stored, more bool, parks uint64) {
 		q.due = time.Time{}
 		l.take(row)
 	}
-	if !more && q.pending == 0 && q.parks == parks {
+	switch {
+	case more:
+		l.wantNext(q)
+	case whole:
 		l.unblock(q) // all of them are in memory
-		return
+	case len(q.untold) == 0:
+		l.wantNext(q)
 	}
-	l.wantNext(q)
 }
 
 // loadDue is the job that finds the retries whose time has come.
@@ -1102,4 +1144,24 @@ func (f *fifo) pop() *item {
 		f.head = 0
 	}
 	return it
+}
+
+// positions are those of rows on their way to the store. They are told of in the order in which
+// they were put, which is not always that of the rows.
+type positions []cdc.Position
+
+func (p *positions) push(pos cdc.Position) { *p = append(*p, pos) }
+
+func (p *positions) pop() {
+	if *p = (*p)[1:]; len(*p) == 0 {
+		*p = nil
+	}
+}
+
+// least is zero where there are none.
+func (p positions) least() cdc.Position {
+	if len(p) == 0 {
+		return cdc.Position{}
+	}
+	return slices.MinFunc(p, cdc.Position.Compare)
 }

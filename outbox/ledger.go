@@ -28,6 +28,7 @@ type Ledger struct {
 	mu         sync.Mutex // guards what follows
 	head, tail *span      // what is not settled, and settled runs between; head is always owed
 	low        Checkpoint
+	opened     Checkpoint    // the last row opened, and the last end closed
 	room       chan struct{} // closed when there is room again; nil while there is
 	fullSince  time.Time
 }
@@ -62,7 +63,7 @@ func (l *Ledger) Reset(at Checkpoint) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.head == nil && l.low == (Checkpoint{}) {
-		l.low = at
+		l.low, l.opened = at, at
 	}
 }
 
@@ -70,6 +71,7 @@ func (l *Ledger) Reset(at Checkpoint) {
 func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.opened.Position = pos
 	switch {
 	case n == 0 && l.tail == nil:
 		l.low.Position = pos
@@ -93,6 +95,7 @@ func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
 func (l *Ledger) Close(end cdc.LSN) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.opened.LSN = max(l.opened.LSN, end)
 	if l.tail == nil {
 		l.low.LSN = max(l.low.LSN, end)
 		return
@@ -151,6 +154,14 @@ func (l *Ledger) Low() Checkpoint {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.low
+}
+
+// Opened is how far rows were opened: those up to its Position, and those that committed below its
+// LSN.
+func (l *Ledger) Opened() Checkpoint {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.opened
 }
 
 // Oldest is when the row that holds the watermark arrived; zero where nothing is owed.

@@ -128,11 +128,17 @@ func TestModel(t *testing.T) {
 		limit /= 8
 	}
 	plans := 0
+	var trace []string
+	defer func() {
+		if name := os.Getenv("WALHOOK_TRACE"); t.Failed() && name != "" {
+			require.NoError(t, os.WriteFile(name, []byte(strings.Join(trace, "\n")), 0o600))
+		}
+	}()
 	for begin := time.Now(); time.Since(begin) < limit; {
 		rapid.Check(t, func(rt *rapid.T) {
 			p := genPlan(rt)
 			plans++
-			if err := play(t, p); err != nil {
+			if err := play(t, p, &trace); err != nil {
 				rt.Fatalf("%v\n%v", err, p)
 			}
 		})
@@ -143,13 +149,18 @@ func TestModel(t *testing.T) {
 	t.Logf("%d plans", plans)
 }
 
-func play(t *testing.T, p plan) (err error) {
-	synctest.Test(t, func(*testing.T) { err = run(p) })
+func play(t *testing.T, p plan, trace *[]string) (err error) {
+	synctest.Test(t, func(*testing.T) {
+		var seen []string
+		if seen, err = run(p); err != nil {
+			*trace = seen
+		}
+	})
 	return err
 }
 
 // run plays a plan in a world of its own.
-func run(p plan) error {
+func run(p plan) ([]string, error) {
 	rnd := rand.New(rand.NewPCG(p.seed, 1))
 	var endpoints []*outbox.Endpoint
 	for i, e := range p.endpoints {
@@ -158,6 +169,7 @@ func run(p plan) error {
 		}))
 	}
 	w := newWorld(endpoints...)
+	w.traced = os.Getenv("WALHOOK_TRACE") != ""
 	w.maxEvents, w.maxBytes, w.countsFail = p.maxEvents, p.maxBytes, !p.counted
 	for i, e := range p.endpoints {
 		w.receivers[fmt.Sprintf("e%d", i)].circuit = e.circuit
@@ -167,8 +179,9 @@ func run(p plan) error {
 	chance := rand.New(rand.NewPCG(p.seed, 2))
 	w.delay = func() time.Duration { return time.Duration(chance.Int64N(int64(delay) + 1)) }
 	w.start()
-	events := 0
-	for _, s := range p.steps {
+	events, added := 0, 0
+	for i, s := range p.steps {
+		w.tracef("---- %d %v n=%d m=%d pass %v", i, s.do, s.n, s.m, s.pass)
 		if w.err() != nil {
 			break
 		}
@@ -221,20 +234,23 @@ func run(p plan) error {
 				w.configure(endpoints...)
 			}
 		case add:
-			if len(endpoints) < 4 {
-				endpoints = append(slices.Clone(endpoints), endpoint(fmt.Sprintf("x%d", events*100+len(w.tries)), func(e *outbox.Endpoint) { e.Concurrency = 2 }))
+			if added++; len(endpoints) < 4 {
+				endpoints = append(slices.Clone(endpoints), endpoint(fmt.Sprintf("x%d", added), func(e *outbox.Endpoint) { e.Concurrency = 2 }))
 				w.configure(endpoints...)
 			}
 		case reconnect:
 			w.set(func() { w.reconnects++; w.wakeLocked() })
 		case restart:
 			clean := false
-			w.set(func() { clean = !w.writesFail && !w.answersLost && !w.savesFail && !w.silent && delay < 100*time.Millisecond })
+			w.set(func() {
+				clean = !w.writesFail && !w.answersLost && !w.savesFail && !w.silent && delay < 100*time.Millisecond
+			})
 			if clean && time.Since(w.hurt) > 10*time.Second {
 				w.haltClean()
 			} else {
 				w.set(func() { w.crashes++ })
 				w.halt()
+				w.set(w.doubtLocked)
 			}
 			w.start()
 		case kill:
@@ -251,6 +267,8 @@ func run(p plan) error {
 	w.set(func() {
 		w.writesFail, w.answersLost, w.readsFail, w.savesFail, w.silent = false, false, false, false, false
 		delay = min(delay, 30*time.Millisecond)
+		// What died, and came again after a crash, and then failed, blocks its key until a recount.
+		w.countsFail = w.countsFail && w.crashes == 0
 		for _, r := range w.receivers {
 			r.answer = ok
 		}
@@ -261,7 +279,7 @@ func run(p plan) error {
 		err = w.finish()
 	}
 	w.halt()
-	return cmp.Or(w.err(), err)
+	return w.trace, cmp.Or(w.err(), err)
 }
 
 // change copies endpoints with one of them, or all, changed.

@@ -70,6 +70,7 @@ const (
 	overflowAfter = 16 << 20 // bytes by which the WAL may grow while the buffer is full
 	maxRoutes     = 10_000
 	maxTold       = 1_000
+	buryAgain     = 5 * time.Second
 )
 
 // Relay takes rows from the stream, maps them to events, and gives each to the lanes of the
@@ -86,15 +87,21 @@ type Relay struct {
 	sendCtx  context.Context // of all attempts and loads; ends when the grace period does
 	stopSend context.CancelFunc
 
-	heard     atomic.Int64 // when Postgres was last heard of, Unix ns
-	lapsed    atomic.Bool  // the lease ran out and the lanes are to be woken
-	disabling sync.WaitGroup
+	heard  atomic.Int64   // when Postgres was last heard of, Unix ns
+	lapsed atomic.Bool    // a lane waits for the lease, or for the stream, and is to be woken
+	caught atomic.Bool    // the stream has come to where the WAL ended when we took the slot
+	aside  sync.WaitGroup // endpoints being disabled or removed
+
+	changing sync.Mutex // one change of the endpoints at a time
 
 	mu       sync.Mutex // guards what follows
+	stopping bool       // nothing is sent for the first time any more
 	registry *Registry
 	lanes    map[string]*Lane
+	leaving  map[string]chan struct{} // endpoints that are gone, until what was parked for them is dead
 	routes   map[route][]*Lane
 	claimed  bool
+	fresh    bool               // there was no checkpoint before ours
 	opened   bool               // the lanes know what the store holds
 	backlog  map[string]Backlog // of lanes that do not exist yet
 	told     map[string]bool    // types that were said to be unwanted
@@ -116,6 +123,7 @@ func New(cfg Config) (*Relay, error) {
 		sender:   cfg.Sender,
 		registry: reg,
 		lanes:    map[string]*Lane{},
+		leaving:  map[string]chan struct{}{},
 		routes:   map[route][]*Lane{},
 		told:     map[string]bool{},
 	}
@@ -134,10 +142,19 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 	g, work := errgroup.WithContext(work)
 	g.Go(func() error { return src.Run(work) })
 	g.Go(func() error { return r.journal.run(work) })
-	g.Go(func() error { return r.tick(work, src) })
+	ticking, stopTicking := context.WithCancel(work)
+	defer stopTicking()
+	ticked := make(chan struct{})
+	g.Go(func() error {
+		defer close(ticked)
+		return r.tick(ticking, work, src)
+	})
 	select {
 	case <-ctx.Done():
-		r.stop(work, src, grace)
+		r.stop(work, src, grace, func() {
+			stopTicking()
+			<-ticked
+		})
 		stopWork()
 	case <-work.Done():
 		r.closeLanes()
@@ -152,7 +169,7 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 }
 
 // stop ends the work in order. work outlives it.
-func (r *Relay) stop(work context.Context, src Stream, grace time.Duration) {
+func (r *Relay) stop(work context.Context, src Stream, grace time.Duration, endTick func()) {
 	r.log.Info("stopping", zap.Duration("grace", grace))
 	deadline, cancel := context.WithTimeout(work, grace)
 	defer cancel()
@@ -161,7 +178,6 @@ func (r *Relay) stop(work context.Context, src Stream, grace time.Duration) {
 	r.waitLanes(deadline)
 	r.stopSend() // attempts that are still in flight are cut short and parked
 	r.waitLanes(work)
-	r.disabling.Wait()
 
 	last, cancelLast := context.WithTimeout(work, 5*time.Second)
 	defer cancelLast()
@@ -174,6 +190,7 @@ func (r *Relay) stop(work context.Context, src Stream, grace time.Duration) {
 	if err := r.journal.flush(last); err != nil {
 		r.log.Error("not everything could be parked: some events will come again", zap.Error(r.journal.err()))
 	}
+	endTick() // a checkpoint of its own, under way, must not come behind the last one
 	low := r.ledger.Low()
 	proof, err := r.store.SaveCheckpoint(last, low)
 	if err != nil {
@@ -190,6 +207,9 @@ func (r *Relay) stop(work context.Context, src Stream, grace time.Duration) {
 }
 
 func (r *Relay) closeLanes() {
+	r.mu.Lock()
+	r.stopping = true
+	r.mu.Unlock()
 	for _, l := range r.allLanes() {
 		l.close()
 	}
@@ -204,6 +224,7 @@ func (r *Relay) waitLanes(ctx context.Context) {
 		for _, l := range lanes {
 			l.workers.Wait()
 		}
+		r.aside.Wait()
 	}()
 	select {
 	case <-done:
@@ -221,8 +242,9 @@ func (r *Relay) allLanes() []*Lane {
 	return out
 }
 
-// tick does what time asks for: spilling, checkpoints, recounts.
-func (r *Relay) tick(ctx context.Context, src Stream) error {
+// tick does what time asks for until ctx ends: spilling, checkpoints, recounts. A checkpoint under
+// way is cut short only by the end of work.
+func (r *Relay) tick(ctx, work context.Context, src Stream) error {
 	every := max(r.cfg.SpillAfter/10, 10*time.Millisecond)
 	spill := time.NewTicker(every)
 	defer spill.Stop()
@@ -241,7 +263,7 @@ func (r *Relay) tick(ctx context.Context, src Stream) error {
 			w.look(ctx)
 			r.wakeLapsed()
 		case <-save.C:
-			if err := c.save(ctx); err != nil {
+			if err := c.save(work); err != nil {
 				return err
 			}
 		case <-recount.C:
@@ -325,6 +347,7 @@ type checkpointer struct {
 	src   Stream
 	saved Checkpoint
 	proof cdc.LSN // behind the commit that saved it
+	first cdc.LSN // proof of the first: the WAL ended below when we took the slot
 	busy  bool    // there was more to save than our own writes; the next save takes up the tail
 
 	failing bool // the last write failed, and the log says so
@@ -337,6 +360,10 @@ func (c *checkpointer) save(ctx context.Context) error {
 	r.mu.Unlock()
 	if !claimed {
 		return nil
+	}
+	if c.first != 0 && !r.caught.Load() && r.ledger.Opened().LSN >= c.first {
+		r.caught.Store(true)
+		r.rouse()
 	}
 	low := r.ledger.Low()
 	if low == c.saved || low.LSN == 0 {
@@ -364,6 +391,9 @@ func (c *checkpointer) save(ctx context.Context) error {
 		r.log.Info("the checkpoint can be written again")
 	}
 	c.saved, c.proof, c.busy = low, proof, busy
+	if c.first == 0 {
+		c.first = proof
+	}
 	c.src.Confirm(low.LSN, proof)
 	return nil
 }
@@ -404,6 +434,27 @@ func (r *Relay) leased() bool {
 	return false
 }
 
+// rouse wakes the lanes at the next tick, while the lease holds.
+func (r *Relay) rouse() { r.lapsed.Store(true) }
+
+// reach is how far the stream has come. What a crash left in the store may be ahead of it, and
+// of older rows of its key that were in memory and come again: it waits for them.
+type reach struct {
+	all bool
+	at  Checkpoint
+}
+
+func (r reach) has(p cdc.Position) bool {
+	return r.all || p.Commit < r.at.LSN || p.Compare(r.at.Position) <= 0
+}
+
+func (r *Relay) reached() reach {
+	if r.caught.Load() {
+		return reach{all: true}
+	}
+	return reach{at: r.ledger.Opened()}
+}
+
 func (r *Relay) wakeLapsed() {
 	if r.lapsed.Load() && r.leased() {
 		r.lapsed.Store(false)
@@ -419,15 +470,18 @@ func (r *Relay) release(e *Event) {
 	}
 }
 
-// disable stops an endpoint that must not be called again. What is parked for it stays.
+// disable stops an endpoint that must not be called again. What is parked for it stays. It is
+// called from an attempt that has not ended yet.
 func (r *Relay) disable(ep *Endpoint, why string) {
-	r.disabling.Go(func() {
+	r.aside.Go(func() {
 		r.log.Warn("endpoint disabled", zap.String("endpoint", ep.ID), zap.String("reason", why))
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(r.sendCtx, 10*time.Second)
 		defer cancel()
 		if err := r.cfg.Claims.SetStatus(ctx, ep.ID, Disabled, why); err != nil {
 			r.log.Error("the endpoint's status could not be written: it is disabled until the restart", zap.String("endpoint", ep.ID), zap.Error(err))
 		}
+		r.changing.Lock()
+		defer r.changing.Unlock()
 		r.mu.Lock()
 		eps := make([]*Endpoint, 0, len(r.registry.endpoints))
 		for _, e := range r.registry.endpoints {
@@ -439,7 +493,7 @@ func (r *Relay) disable(ep *Endpoint, why string) {
 			eps = append(eps, e)
 		}
 		r.mu.Unlock()
-		if err := r.SetEndpoints(eps); err != nil {
+		if err := r.setEndpoints(eps); err != nil {
 			r.log.Error("disable endpoint", zap.Error(err))
 		}
 	})
@@ -447,21 +501,50 @@ func (r *Relay) disable(ep *Endpoint, why string) {
 
 // SetEndpoints replaces all endpoints. Those with a known id keep what was learned of them: their
 // lane, their circuit, what is parked. What was parked for an endpoint that is gone dies, where
-// it can be seen and sent again.
+// it can be seen and sent again. An id that comes back is another endpoint: SetEndpoints waits
+// until the one before it has left.
 func (r *Relay) SetEndpoints(endpoints []*Endpoint) error {
+	r.changing.Lock()
+	for left := r.leftBy(endpoints); left != nil; left = r.leftBy(endpoints) {
+		r.changing.Unlock()
+		<-left
+		r.changing.Lock()
+	}
+	defer r.changing.Unlock()
+	return r.setEndpoints(endpoints)
+}
+
+// leftBy is closed when one of the endpoints that are still leaving has left; nil where none is.
+func (r *Relay) leftBy(endpoints []*Endpoint) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, ep := range endpoints {
+		if left := r.leaving[ep.ID]; left != nil {
+			return left
+		}
+	}
+	return nil
+}
+
+// setEndpoints is called with changing locked.
+func (r *Relay) setEndpoints(endpoints []*Endpoint) error {
 	reg, err := NewRegistry(endpoints)
 	if err != nil {
 		return err
 	}
 	r.mu.Lock()
+	if r.stopping {
+		r.mu.Unlock()
+		return nil
+	}
 	r.registry = reg
 	clear(r.routes)
-	var gone []*Lane
 	changed := map[*Lane]*Endpoint{}
 	for id, l := range r.lanes {
 		if ep := reg.Endpoint(id); ep == nil {
-			gone = append(gone, l)
 			delete(r.lanes, id)
+			l.remove()
+			r.leave(id, l)
 		} else {
 			changed[l] = ep
 		}
@@ -470,28 +553,38 @@ func (r *Relay) SetEndpoints(endpoints []*Endpoint) error {
 	for l, ep := range changed {
 		l.setEndpoint(ep)
 	}
-	for _, l := range gone {
-		r.remove(l)
-	}
 	return nil
 }
 
-// remove ends a lane whose endpoint is gone.
-func (r *Relay) remove(l *Lane) {
-	l.close()
-	r.disabling.Go(func() {
-		l.workers.Wait()
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := r.journal.flush(ctx); err == nil {
-			r.bury(ctx, l.id)
+// leave makes what is parked for an endpoint that is gone dead, when its lane, where it had one,
+// has come to rest. It is called with mu locked.
+func (r *Relay) leave(endpointID string, l *Lane) {
+	left := make(chan struct{})
+	r.leaving[endpointID] = left
+	r.aside.Go(func() {
+		if l != nil {
+			l.workers.Wait()
 		}
-		r.sender.Forget(l.id)
-		r.metrics.forget(l.id)
+		for r.journal.flush(r.sendCtx) != nil || r.bury(r.sendCtx, endpointID) != nil {
+			t := time.NewTimer(buryAgain)
+			select {
+			case <-t.C:
+				continue
+			case <-r.sendCtx.Done(): // the next start does it
+				t.Stop()
+			}
+			break
+		}
+		r.sender.Forget(endpointID)
+		r.metrics.forget(endpointID)
+		r.mu.Lock()
+		delete(r.leaving, endpointID)
+		r.mu.Unlock()
+		close(left)
 	})
 }
 
-func (r *Relay) bury(ctx context.Context, endpointID string) {
+func (r *Relay) bury(ctx context.Context, endpointID string) error {
 	n, err := r.store.Bury(ctx, endpointID, ReasonRemoved)
 	switch {
 	case err != nil:
@@ -499,6 +592,7 @@ func (r *Relay) bury(ctx context.Context, endpointID string) {
 	case n > 0:
 		r.log.Warn("an endpoint is gone; what was parked for it is dead now", zap.String("endpoint", endpointID), zap.Int64("deliveries", n))
 	}
+	return err
 }
 
 // Resolve checks the columns of every table against its source.
@@ -517,6 +611,11 @@ func (r *Relay) Resolve(tables []cdc.Found) error {
 // Checkpoint reads how far the slot is settled.
 func (r *Relay) Checkpoint(ctx context.Context) (cdc.LSN, bool, error) {
 	c, ok, err := r.cfg.Claims.Checkpoint(ctx)
+	if err == nil && !ok {
+		r.mu.Lock()
+		r.fresh = true
+		r.mu.Unlock()
+	}
 	return c.LSN, !ok, err
 }
 
@@ -534,6 +633,9 @@ func (r *Relay) Claim(ctx context.Context, s cdc.Session) (cdc.Resume, error) {
 	r.ledger.Reset(c)
 	r.mu.Lock()
 	opened := r.opened
+	if r.fresh && !r.claimed {
+		r.caught.Store(true) // positions in the store, if any, are of another WAL
+	}
 	r.claimed = true
 	r.mu.Unlock()
 	if !opened {
@@ -566,7 +668,11 @@ func (r *Relay) open(ctx context.Context) error {
 			r.metrics.lane("").dead.Store(b.Dead)
 		case r.laneByID(b.EndpointID) != nil || b.Parked == 0:
 		case alone:
-			r.bury(ctx, b.EndpointID)
+			r.mu.Lock()
+			if !r.stopping && r.leaving[b.EndpointID] == nil {
+				r.leave(b.EndpointID, nil)
+			}
+			r.mu.Unlock()
 		default:
 			r.log.Warn("deliveries are parked for an endpoint that is not ours; they are left to the other slots of this schema", zap.String("endpoint", b.EndpointID), zap.Int64("parked", b.Parked))
 		}
@@ -589,6 +695,9 @@ func (r *Relay) laneLocked(ep *Endpoint) *Lane {
 	if l == nil {
 		l = newLane(r, ep)
 		r.lanes[ep.ID] = l
+		if r.stopping {
+			l.close()
+		}
 		l.open(r.backlog[ep.ID])
 		delete(r.backlog, ep.ID)
 	}

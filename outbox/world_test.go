@@ -8,7 +8,6 @@ import (
 	"hash/fnv"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +30,10 @@ type world struct {
 	store     *outboxtest.Store
 	maxEvents int
 	maxBytes  int64
+
+	traced  bool
+	tracing sync.Mutex // guards trace
+	trace   []string
 
 	feeding sync.Mutex // held while a row is handed on, and while endpoints change
 
@@ -102,6 +105,8 @@ type delivery struct {
 	flying    int
 	mayDie    bool
 	settled   bool  // nothing may send it again
+	handed    *life // the last in which it was handed on
+	handedAt  time.Time
 	repeated  *life // it was handed on again in this life
 	dup       bool  // it was handed on more than once
 }
@@ -127,16 +132,20 @@ type answer struct {
 	after time.Duration
 }
 
+// firstLSN is where the slot begins.
+const firstLSN = 1000
+
 func newWorld(endpoints ...*outbox.Endpoint) *world {
 	w := &world{
 		store: outboxtest.New(), maxEvents: 10_000, maxBytes: 64 << 20,
-		end: 1000, grown: make(chan struct{}), endpoints: endpoints,
+		end: firstLSN, grown: make(chan struct{}), endpoints: endpoints,
 		receivers: map[string]*receiver{}, deliveries: map[deliveryID]*delivery{}, lines: map[lineID][]*delivery{},
 		got: map[string][]string{}, tries: map[string][]string{},
 	}
 	for _, e := range endpoints {
 		w.receiverLocked(e.ID)
 	}
+	w.store.Prove(func() cdc.LSN { return w.end })
 	return w
 }
 
@@ -155,17 +164,17 @@ func endpoint(id string, set ...func(*outbox.Endpoint)) *outbox.Endpoint {
 	return &e
 }
 
-// tracing prints what happens, for the one who looks for a mistake.
-var tracing = os.Getenv("WALHOOK_TRACE") != ""
-
-func tracef(format string, args ...any) {
-	if tracing {
-		fmt.Printf("%s: "+format+"\n", append([]any{time.Now().Format("15:04:05.000000")}, args...)...)
+// tracef notes what happens, for the one who looks for a mistake.
+func (w *world) tracef(format string, args ...any) {
+	if w.traced {
+		w.tracing.Lock()
+		defer w.tracing.Unlock()
+		w.trace = append(w.trace, fmt.Sprintf("%s: "+format, append([]any{time.Now().Format("15:04:05.000000")}, args...)...))
 	}
 }
 
 func (w *world) breakf(format string, args ...any) {
-	tracef("BROKEN "+format, args...)
+	w.tracef("BROKEN "+format, args...)
 	if w.broken == nil {
 		w.broken = fmt.Errorf("%s: "+format, append([]any{time.Now().Format("15:04:05.000")}, args...)...)
 	}
@@ -203,7 +212,9 @@ func (w *world) answers(id string, answer func(a outbox.Attempt) answer) {
 	w.set(func() { w.receiverLocked(id).answer = answer })
 }
 
-func ok(outbox.Attempt) answer { return answer{Outcome: outbox.Outcome{Verdict: outbox.Delivered, Status: 200}} }
+func ok(outbox.Attempt) answer {
+	return answer{Outcome: outbox.Outcome{Verdict: outbox.Delivered, Status: 200}}
+}
 
 func fails(outbox.Attempt) answer {
 	return answer{Outcome: outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonStatus, Status: 500}}
@@ -309,12 +320,13 @@ func (w *world) halt() {
 
 // haltClean is halt where nothing hinders: what was delivered must never be sent again.
 func (w *world) haltClean() {
+	l := w.life
 	w.halt()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	stored := w.storedLocked()
 	for id, d := range w.deliveries {
-		if !d.delivered.IsZero() && stored[id] == "" {
+		if !d.delivered.IsZero() && stored[id] == "" && (d.handed == l || d.end <= w.saved.LSN) {
 			d.settled = true
 		}
 	}
@@ -329,8 +341,9 @@ func (w *world) crash() {
 	now := time.Now()
 	if w.hurt.Before(now.Add(-12 * time.Second)) {
 		stored := w.storedLocked()
+		long := now.Add(-4 * time.Second)
 		for id, d := range w.deliveries {
-			if !d.delivered.IsZero() && d.delivered.Before(now.Add(-4*time.Second)) && stored[id] == "" {
+			if !d.delivered.IsZero() && d.delivered.Before(long) && d.handedAt.Before(long) && stored[id] == "" && (d.handed == l || d.end <= w.saved.LSN) {
 				d.settled = true
 			}
 		}
@@ -347,7 +360,16 @@ func (w *world) crash() {
 	for _, d := range w.deliveries {
 		d.flying = 0
 	}
+	w.doubtLocked()
 	w.life = nil
+}
+
+// doubtLocked notes that the last that happened to a delivery may not be in its row.
+func (w *world) doubtLocked() {
+	stored := w.storedLocked()
+	for id, d := range w.deliveries {
+		d.dup = d.dup || stored[id] != ""
+	}
 }
 
 func (w *world) storedLocked() map[deliveryID]outbox.State {
@@ -636,7 +658,7 @@ func (s *stream) hand(tx *transaction, pos cdc.Position) {
 }
 
 func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Position, key string, l *life) {
-	tracef("row %v: %s for %s, key %q", pos, row.id, endpoint, key)
+	w.tracef("row %v: %s for %s, key %q", pos, row.id, endpoint, key)
 	id := deliveryID{endpoint, row.id}
 	if row.broken {
 		id.event = fmt.Sprintf("unmappable_%s_%d", strings.ReplaceAll(pos.Commit.String(), "/", "-"), pos.Ordinal)
@@ -645,10 +667,10 @@ func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Po
 		if d.settled {
 			w.breakf("%v was handed on again", id)
 		}
-		d.repeated, d.dup = l, true
+		d.repeated, d.handed, d.handedAt, d.dup = l, l, time.Now(), true
 		return
 	}
-	d := &delivery{deliveryID: id, pos: pos, end: tx.end, mayDie: row.broken}
+	d := &delivery{deliveryID: id, handed: l, handedAt: time.Now(), pos: pos, end: tx.end, mayDie: row.broken}
 	w.deliveries[id] = d
 	if key != "" {
 		line := lineID{endpoint, key}
@@ -758,7 +780,7 @@ func (s *flaky) Write(ctx context.Context, changes []outbox.Change) error {
 		}
 		rows := s.w.storedLocked()
 		for _, c := range changes {
-			tracef("write %s %s %s insert %v %s due %v", c.EndpointID, c.Event.ID, c.State, c.Insert, c.Reason, c.Due)
+			s.w.tracef("write %s %s %s insert %v %s due %v", c.EndpointID, c.Event.ID, c.State, c.Insert, c.Reason, c.Due)
 			id := deliveryID{c.EndpointID, c.Event.ID}
 			d := s.w.deliveries[id]
 			switch {
@@ -805,7 +827,7 @@ func (s *flaky) read(ctx context.Context, do func() error) error {
 func (s *flaky) Scan(ctx context.Context, endpointID string, after cdc.Position, skip []string, limit int, maxBytes int64) (rows []outbox.Stored, more bool, err error) {
 	err = s.read(ctx, func() (err error) {
 		rows, more, err = s.w.store.Scan(ctx, endpointID, after, skip, limit, maxBytes)
-		tracef("scan %s after %v without %v limit %d: %s more %v %v", endpointID, after, skip, limit, names(rows), more, err)
+		s.w.tracef("scan %s after %v without %v limit %d: %s more %v %v", endpointID, after, skip, limit, names(rows), more, err)
 		return err
 	})
 	return rows, more, err
@@ -814,7 +836,7 @@ func (s *flaky) Scan(ctx context.Context, endpointID string, after cdc.Position,
 func (s *flaky) ScanKey(ctx context.Context, endpointID, key string, after cdc.Position, limit int, maxBytes int64) (rows []outbox.Stored, more bool, err error) {
 	err = s.read(ctx, func() (err error) {
 		rows, more, err = s.w.store.ScanKey(ctx, endpointID, key, after, limit, maxBytes)
-		tracef("scan key %s %s after %v limit %d: %s more %v %v", endpointID, key, after, limit, names(rows), more, err)
+		s.w.tracef("scan key %s %s after %v limit %d: %s more %v %v", endpointID, key, after, limit, names(rows), more, err)
 		return err
 	})
 	return rows, more, err
@@ -823,7 +845,7 @@ func (s *flaky) ScanKey(ctx context.Context, endpointID, key string, after cdc.P
 func (s *flaky) Due(ctx context.Context, endpointID string, now time.Time, limit int, maxBytes int64) (keys []string, loose []outbox.Stored, next time.Time, err error) {
 	err = s.read(ctx, func() (err error) {
 		keys, loose, next, err = s.w.store.Due(ctx, endpointID, now, limit, maxBytes)
-		tracef("due %s: %v %s next %v %v", endpointID, keys, names(loose), next, err)
+		s.w.tracef("due %s: %v %s next %v %v", endpointID, keys, names(loose), next, err)
 		return err
 	})
 	return keys, loose, next, err
@@ -885,6 +907,10 @@ func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, er
 	defer s.w.mu.Unlock()
 	c, _ := s.w.store.Checkpoint()
 	s.w.store.Claim()
+	s.w.touched = time.Now()
+	if c.LSN == 0 {
+		c.LSN = firstLSN
+	}
 	return c, nil
 }
 
@@ -922,7 +948,7 @@ func (s *sender) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {
 		}
 		r.probing = true
 	}
-	tracef("send %s %s #%d", a.Endpoint.ID, a.Event.ID, a.Number)
+	w.tracef("send %s %s #%d", a.Endpoint.ID, a.Event.ID, a.Number)
 	d := w.began(s.life, r, a)
 	ans := r.answer(a)
 	w.mu.Unlock()
@@ -939,7 +965,7 @@ func (s *sender) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	tracef("sent %v %v", d.deliveryID, ans.Outcome)
+	w.tracef("sent %v %v", d.deliveryID, ans.Outcome)
 	if s.isDead() {
 		if rand.IntN(2) == 0 { // it arrived, but nobody heard the answer
 			w.arrive(d, s.life)
@@ -1017,7 +1043,7 @@ func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 	if a.Number > len(a.Endpoint.Retry.Schedule)+1 {
 		w.breakf("%v is attempted for the %dth time", id, a.Number)
 	}
-	if a.Number > d.spent+1 || a.Number < d.spent+1 && !d.dup {
+	if a.Number > d.spent+1 || a.Number < d.spent+1 && w.crashes == 0 {
 		w.breakf("%v is attempted for the %dth time, %d attempts were spent", id, a.Number, d.spent)
 	}
 	if d.ended && !d.dup {

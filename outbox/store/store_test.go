@@ -315,7 +315,7 @@ func TestFrozenHolderDoesNotHoldUpTheNext(t *testing.T) {
 
 // Poolers that know no prepared statements want one of these in the URL.
 func TestEveryExecModeOfTheDriverWorks(t *testing.T) {
-	for _, mode := range []string{"cache_describe", "exec", "simple_protocol"} {
+	for _, mode := range []string{"cache_describe", "exec"} {
 		t.Run(mode, func(t *testing.T) { suite(t, setup(t), "default_query_exec_mode="+mode) })
 	}
 }
