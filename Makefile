@@ -5,6 +5,7 @@ ARGS      ?=
 PKG       ?= ./...
 TESTFLAGS ?=
 FUZZTIME  ?= 30s
+MINUTES   ?= 10
 PG_BINS   ?= $(wildcard /usr/lib/postgresql/*/bin)
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
@@ -15,7 +16,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-matrix fuzz bench lint lint-full fmt ci deps clean
+.PHONY: help demo build test test-matrix torture fuzz bench lint lint-full fmt ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,13 @@ test-matrix: ## all tests on each Postgres in PG_BINS (default: all that Debian 
 		"$$bin/postgres" --version || exit 1; \
 		WALHOOK_TEST_PG_BIN=$$bin CGO_ENABLED=1 go test -race -count 1 -timeout 12m $(TESTFLAGS) $(PKG) || exit 1; \
 	done
+
+# Without the race detector (RACE=1 for it; `make test` has a short run with it): walhook is the test binary itself, and
+# what is measured here, repeats and memory, should be those of the program that users run.
+torture: ## kill everything at random and prove that nothing is lost (SEED=, MINUTES=, KILLS=, RACE=1)
+	@.ci/deps $(if $(RACE),cc) postgres
+	WALHOOK_TORTURE_SEED=$(SEED) WALHOOK_TORTURE_MINUTES=$(MINUTES) WALHOOK_TORTURE_KILLS=$(KILLS) CGO_ENABLED=$(if $(RACE),1,0) \
+		go test $(if $(RACE),-race) -run '^TestTorture$$' -count 1 -timeout 0 -v ./cmd/walhook
 
 fuzz: ## every fuzz target for FUZZTIME
 	@grep -rl --include='*_test.go' '^func Fuzz' . | while read -r file; do \

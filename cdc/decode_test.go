@@ -332,8 +332,10 @@ func TestDecodeRefuses(t *testing.T) {
 		"65535 columns in no bytes":       {"R\x00\x00\x00\x07s\x00t\x00d\xff\xff", errTruncated, ""},
 		"4294967295 relations truncated":  {"T\xff\xff\xff\xff\x00", errTruncated, ""},
 		"a message of length -2147483648": {"M\x01\x00\x00\x00\x00\x00\x00\x00\x01p\x00\x80\x00\x00\x00", errMalformed, "length -2147483648"},
-		"a time beyond the calendar": {"B\x00\x00\x00\x00\x00\x00\x00\x01\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x01",
-			errMalformed, "a time beyond all calendars"},
+		"a time beyond the calendar": {
+			"B\x00\x00\x00\x00\x00\x00\x00\x01\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x01",
+			errMalformed, "a time beyond all calendars",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var d decoder

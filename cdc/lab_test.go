@@ -511,6 +511,7 @@ type status struct{ write, flush, apply LSN }
 type link struct {
 	client, server net.Conn
 	frozen         atomic.Bool
+	received       atomic.Uint64 // the highest position that the client can know from it
 }
 
 // through puts a proxy between the lab's streams and its server.
@@ -547,8 +548,8 @@ func (p *proxy) accept() {
 		p.mu.Lock()
 		p.links[l] = true
 		p.mu.Unlock()
-		p.wg.Go(func() { p.pass(l, client, server, p.fromClient()) })
-		p.wg.Go(func() { p.pass(l, server, client, p.fromServer()) })
+		p.wg.Go(func() { p.pass(l, client, server, p.fromClient(l)) })
+		p.wg.Go(func() { p.pass(l, server, client, p.fromServer(l)) })
 	}
 }
 
@@ -621,8 +622,15 @@ func messages(untyped int, each func(kind byte, body []byte)) func([]byte) {
 }
 
 // fromClient holds every status to what is promised of all of them.
-func (p *proxy) fromClient() func([]byte) {
+func (p *proxy) fromClient(l *link) func([]byte) {
 	return messages(1, func(kind byte, body []byte) {
+		if kind == 'Q' && strings.HasPrefix(string(body), "START_REPLICATION") {
+			at, err := ParseLSN(strings.Fields(string(body))[4])
+			if err != nil {
+				p.t.Errorf("%s: %v", body, err)
+			}
+			l.received.Store(uint64(at))
+		}
 		if kind != 'd' || len(body) < 25 || body[0] != 'r' {
 			return
 		}
@@ -630,7 +638,7 @@ func (p *proxy) fromClient() func([]byte) {
 		s := status{at(1), at(9), at(17)}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if s.flush == 0 || s.flush != s.apply || s.write < s.flush {
+		if s.flush == 0 || s.flush != s.apply || s.write < s.flush || uint64(s.write) > l.received.Load() {
 			p.t.Errorf("a status must not say %+v", s)
 		}
 		if n := len(p.statuses); n > 0 && s.flush < p.statuses[n-1].flush {
@@ -640,9 +648,20 @@ func (p *proxy) fromClient() func([]byte) {
 	})
 }
 
-func (p *proxy) fromServer() func([]byte) {
+func (p *proxy) fromServer(l *link) func([]byte) {
 	return messages(0, func(kind byte, body []byte) {
-		if kind == 'd' && len(body) == 18 && body[0] == 'k' && body[17] == 1 {
+		if kind != 'd' || len(body) < 18 {
+			return
+		}
+		var at uint64
+		switch {
+		case body[0] == 'k':
+			at = binary.BigEndian.Uint64(body[1:])
+		case body[0] == 'w' && body[25] == 'C':
+			at = binary.BigEndian.Uint64(body[25+10:]) // behind the commit
+		}
+		l.received.Store(max(at, l.received.Load()))
+		if body[0] == 'k' && body[17] == 1 {
 			p.mu.Lock()
 			p.asked++
 			p.mu.Unlock()

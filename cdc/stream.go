@@ -117,8 +117,9 @@ type Stream struct {
 	open      bool     // rows of high's transaction were handed on and its commit was not
 	discarded bool     // something was read and not handed on, so the position must not move
 	patience  time.Duration
-	streamed  bool  // a session has been through at least once
-	pid       int32 // of the server's process behind our last connection
+	streamed  bool      // a session has been through at least once
+	since     time.Time // when the last session began to stream; zero where it did not get there
+	pid       int32     // of the server's process behind our last connection
 }
 
 // limits are the constants of the same purpose, but in tests.
@@ -153,7 +154,7 @@ func (s *Stream) Run(ctx context.Context) error {
 	backoff := minBackoff
 	s.patience = s.limits.silence
 	for {
-		began := time.Now()
+		s.since = time.Time{}
 		err := s.session(ctx)
 		if ctx.Err() != nil {
 			return nil
@@ -170,8 +171,8 @@ func (s *Stream) Run(ctx context.Context) error {
 			return f
 		}
 		s.setStatus(f.State, f)
-		if time.Since(began) > 2*s.limits.backoff {
-			backoff = minBackoff
+		if !s.since.IsZero() && time.Since(s.since) > backoff {
+			backoff = minBackoff // it was worth its wait; the next failure is another one
 		}
 		wait := backoff
 		switch {
@@ -188,6 +189,7 @@ func (s *Stream) Run(ctx context.Context) error {
 				case <-room:
 				}
 			}
+			wait = minBackoff // we closed it ourselves, and may go on
 		}
 		if f.State != Standby {
 			backoff = min(2*backoff, s.limits.backoff)
@@ -430,7 +432,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	s.received = start
 	s.told = max(slot.Confirmed, s.told)
 	s.mu.Unlock()
-	s.streamed = true
+	s.streamed, s.since = true, time.Now()
 	s.setStatus(Streaming, nil)
 
 	watchCtx, stopWatch := context.WithCancel(ctx)

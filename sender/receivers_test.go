@@ -382,7 +382,6 @@ type pipes struct {
 type mute struct {
 	net.Conn
 	dead atomic.Bool
-	over chan struct{}
 }
 
 func (m *mute) Write(p []byte) (int, error) {

@@ -67,8 +67,7 @@ func endpoint(url string, change ...func(*outbox.Endpoint)) *outbox.Endpoint {
 	return &e
 }
 
-func signed(e *outbox.Endpoint)    { e.Secrets = []outbox.Secret{hmacSecret} }
-func fromTable(e *outbox.Endpoint) { e.Origin = outbox.FromTable }
+func signed(e *outbox.Endpoint) { e.Secrets = []outbox.Secret{hmacSecret} }
 func timeout(d time.Duration) func(*outbox.Endpoint) {
 	return func(e *outbox.Endpoint) { e.Timeout = d }
 }

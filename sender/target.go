@@ -143,9 +143,8 @@ func parseURL(e *outbox.Endpoint) (*url.URL, error) {
 		if n, err := strconv.Atoi(p); err != nil || n < 1 || n > 65535 {
 			return nil, errors.New("its port is not one of 1 to 65535")
 		}
-	} else if strings.HasSuffix(to.Host, ":") {
-		to.Host = strings.TrimSuffix(to.Host, ":")
 	}
+	to.Host = strings.TrimSuffix(to.Host, ":")
 	to.Fragment, to.RawFragment = "", ""
 	return to, nil
 }

@@ -38,7 +38,7 @@ func unprivileged() (*owner, error) {
 			return &owner{Uid: uint32(uid), Gid: uint32(gid)}, nil
 		}
 	}
-	return nil, errors.New("Postgres does not run as root, and there is no user postgres or nobody to run it as")
+	return nil, errors.New("no user postgres or nobody to run Postgres as, which refuses to run as root")
 }
 
 // give makes a file or directory the owner's.

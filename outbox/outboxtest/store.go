@@ -258,7 +258,7 @@ func (s *Store) collect(event string) {
 
 // stored is the event as a table gives it back: bytes of its own, no time zone, microseconds.
 func stored(e *outbox.Event) *outbox.Event {
-	c := *e
+	c := outbox.Event{ID: e.ID, Type: e.Type, Key: e.Key, Tenant: e.Tenant, JSON: e.JSON, Position: e.Position}
 	c.Data = append([]byte{}, e.Data...)
 	c.Headers = nil
 	if len(e.Headers) > 0 {
