@@ -20,8 +20,6 @@ type Event struct {
 
 	Position cdc.Position
 	Commit   time.Time // when its transaction committed, by the server's clock
-
-	refs int32 // deliveries in memory, atomic; the last one releases it from the buffer
 }
 
 // eventOverhead is what an event costs beside its bytes: the struct, its deliveries, map entries.

@@ -35,3 +35,6 @@ func (r *Relay) View(endpointID string) (v LaneView, ok bool) {
 
 // Recount compares the lanes with the store now, and not in half a minute.
 func (r *Relay) Recount() { r.recount(r.sendCtx) }
+
+// Span is a run of rows in the ledger.
+type Span = span

@@ -33,11 +33,11 @@ func (s laneState) String() string {
 }
 
 const (
-	scanPage      = 512
-	scanPageBytes = 4 << 20
-	keyPage       = 64
-	duePage       = 256
-	maxSkip       = 256 // blocked keys that a scan leaves out by name; others are passed over here
+	scanPage  = 512
+	keyPage   = 64
+	duePage   = 256
+	shortPage = 32  // while the buffer is full
+	maxSkip   = 256 // blocked keys that a scan leaves out by name; others are passed over here
 	// maxBlockedKeys bounds the memory of a lane whose keys fail one by one: beyond it the
 	// endpoint counts as failing as a whole.
 	maxBlockedKeys = 50_000
@@ -73,7 +73,7 @@ type item struct {
 	stored   bool   // it has a row in walhook.deliveries, or one on its way there
 	changes  int    // of its row, not yet committed
 	changed  bool   // its row was changed after the insert, so that a load may have seen an older state
-	span     *span  // what it owes in the ledger; nil once settled, or read back from the store
+	span     *span  // its row's in the ledger; nil where it was read back from the store
 	next     *item  // in the list of owed
 	prev     *item
 }
@@ -115,6 +115,8 @@ type Lane struct {
 	fresh    int       // attempts of this round
 	ready    fifo      // the deliveries that may go now
 	loaded   int       // deliveries read back from the store and waiting
+	reads    int       // those in memory, in whatever state
+	readSize int64     // bytes of them
 	queues   map[string]*queue
 	blocked  int                    // queues with blocked set
 	owed     itemList               // deliveries that the store does not have, as they arrived
@@ -219,7 +221,7 @@ func (l *Lane) add(e *Event, sp *span, now time.Time) {
 	if h := l.held[e.Position]; l.gone || h != nil && h.event != nil && h.event.ID == e.ID {
 		// Its endpoint has just gone; or it came again after a crash, and we have it from the store.
 		l.relay.ledger.Settle(sp)
-		l.relay.release(e)
+		l.relay.ledger.Release(sp, e)
 		return
 	}
 	it := &item{event: e, key: l.orderKey(e), span: sp, arrived: now}
@@ -319,7 +321,6 @@ func (l *Lane) insert(it *item, c Change, done func()) {
 	c.Insert = true
 	l.put(it, c, func() {
 		l.relay.ledger.Settle(it.span)
-		it.span = nil
 		l.told++
 		if done != nil {
 			done()
@@ -385,7 +386,13 @@ func (l *Lane) forget(it *item) {
 			delete(l.held, pos)
 		}
 	}
-	l.relay.release(it.event)
+	if it.read {
+		l.reads--
+		l.readSize -= it.event.Size()
+		l.relay.ledger.read.add(-1, -it.event.Size())
+	} else {
+		l.relay.ledger.Release(it.span, it.event)
+	}
 	it.event = nil
 }
 
@@ -508,7 +515,6 @@ func (l *Lane) delivered(it *item, now time.Time) {
 		l.put(it, Change{State: StateGone}, nil)
 	} else {
 		l.relay.ledger.Settle(it.span)
-		it.span = nil
 	}
 	l.leave(it, over)
 	l.advance(it)
@@ -868,23 +874,34 @@ func (l *Lane) wantNext(q *queue) {
 }
 
 // load reads from the store what may go next: keys whose head is done, retries that are due,
-// and while draining the next page. One load is under way at a time.
+// and while draining the next page. One load is under way at a time. While there is no room it
+// reads little, and only when what it read before is done and written: a store that can be read
+// and not written would else come to stand in memory as a whole.
 func (l *Lane) load() {
-	if l.loading || l.state == parking || !l.mayWork() {
+	ahead := min(max(8*l.limit, 32), 2*scanPage)
+	if l.loading || l.state == parking || l.loaded > ahead/2 && l.ready.len() > 0 || !l.mayWork() {
 		return
 	}
+	ledger, most := l.relay.ledger, min(scanPage, ahead)
+	bytes := ledger.maxBytes / 16
+	if !ledger.mayRead() {
+		if l.reads > 0 {
+			return
+		}
+		most, bytes = shortPage, bytes/64
+	}
 	var job job
-	ahead := min(max(8*l.limit, 32), 2*scanPage)
 	switch {
 	case len(l.keys) > 0:
-		job = l.loadKey()
+		job = l.loadKey(min(keyPage, most), bytes)
 	case !l.nextDue.IsZero() && !time.Now().Before(l.nextDue):
-		job = l.loadDue()
-	case l.state == draining && l.more && l.loaded <= ahead/2 && (l.loaded == 0 || l.relay.ledger.fits()):
-		job = l.scan(min(scanPage, ahead-l.loaded))
+		job = l.loadDue(min(duePage, most)+l.reads, bytes+l.readSize) // it shows what is in memory too
+	case l.state == draining && l.more:
+		job = l.scan(most, bytes)
 	default:
 		return
 	}
+	ledger.read.add(0, bytes)
 	l.loading = true
 	l.workers.Add(1)
 	go func() {
@@ -892,6 +909,7 @@ func (l *Lane) load() {
 		take, err := job(l.relay.sendCtx)
 		l.mu.Lock()
 		defer l.mu.Unlock()
+		ledger.read.add(0, -bytes)
 		if err == nil {
 			take()
 		}
@@ -943,7 +961,7 @@ func (l *Lane) sees(v sight, untold positions, row Stored) (ok, again bool) {
 }
 
 // scan is the job that reads the next page of what is parked, in commit order.
-func (l *Lane) scan(limit int) job {
+func (l *Lane) scan(limit int, maxBytes int64) job {
 	var skip []string
 	for key, q := range l.queues {
 		if q.blocked {
@@ -954,7 +972,7 @@ func (l *Lane) scan(limit int) job {
 	}
 	cursor, parks, round, settled, v := l.cursor, l.parks, l.round, l.told == l.parks, sight{l.untold.least(), l.relay.reached()}
 	return func(ctx context.Context) (func(), error) {
-		rows, more, err := l.relay.store.Scan(ctx, l.id, cursor, skip, limit, scanPageBytes)
+		rows, more, err := l.relay.store.Scan(ctx, l.id, cursor, skip, limit, maxBytes)
 		return func() {
 			if l.round == round && l.state == draining {
 				l.scanned(v, rows, more, settled && l.parks == parks)
@@ -986,6 +1004,10 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 			if l.take(row) {
 				l.probing = false
 			}
+			if q = l.queues[row.OrderKey]; q != nil && len(q.items) >= keyPage {
+				l.block(q, time.Time{}) // the rest of it is read by its key
+				q.after = row.Event.Position
+			}
 		}
 	}
 	switch l.more = more; {
@@ -999,11 +1021,11 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 }
 
 // loadKey is the job that reads the next rows of the first key on the list.
-func (l *Lane) loadKey() job {
+func (l *Lane) loadKey(limit int, maxBytes int64) job {
 	q := l.keys[0]
 	after, parks, round, settled, v := q.after, q.parks, l.round, len(q.untold) == 0, sight{q.untold.least(), l.relay.reached()}
 	return func(ctx context.Context) (func(), error) {
-		rows, more, err := l.relay.store.ScanKey(ctx, l.id, q.key, after, keyPage, scanPageBytes)
+		rows, more, err := l.relay.store.ScanKey(ctx, l.id, q.key, after, limit, maxBytes)
 		return func() {
 			if l.round != round || len(l.keys) == 0 || l.keys[0] != q {
 				return
@@ -1047,27 +1069,29 @@ func (l *Lane) keyLoaded(q *queue, v sight, rows []Stored, more, whole bool) {
 }
 
 // loadDue is the job that finds the retries whose time has come.
-func (l *Lane) loadDue() job {
+func (l *Lane) loadDue(limit int, maxBytes int64) job {
 	round := l.round
 	now := time.Now()
 	l.nextDue = time.Time{}
 	return func(ctx context.Context) (func(), error) {
-		keys, loose, next, err := l.relay.store.Due(ctx, l.id, now, duePage, scanPageBytes)
+		keys, loose, next, err := l.relay.store.Due(ctx, l.id, now, limit, maxBytes)
 		return func() {
 			if l.round != round {
 				next = now
 			} else {
+				news := false
 				for _, key := range keys {
-					if q := l.queue(key); len(q.items) == 0 {
+					if q := l.queue(key); len(q.items) == 0 && !q.wanted {
 						l.block(q, time.Time{})
 						l.want(q)
+						news = true
 					}
 				}
 				for _, row := range loose {
-					l.take(row)
+					news = l.take(row) || news
 				}
-				if len(keys)+len(loose) >= duePage {
-					next = now.Add(loadBackoff)
+				if !news && !next.IsZero() && !next.After(now) {
+					next = now.Add(loadBackoff) // more are due, but those are all in memory
 				}
 			}
 			l.dueAt(next)
@@ -1083,8 +1107,9 @@ func (l *Lane) take(row Stored) bool {
 	it := &item{event: row.Event, key: row.OrderKey, attempts: row.Attempts, stored: true, read: true, arrived: time.Now()}
 	l.held[row.Event.Position] = it
 	l.loaded++
-	l.relay.ledger.Hold(row.Event)
-	row.Event.refs = 1
+	l.reads++
+	l.readSize += row.Event.Size()
+	l.relay.ledger.read.add(1, row.Event.Size())
 	l.enqueue(it)
 	return true
 }

@@ -20,8 +20,8 @@ type Ledger struct {
 	maxEvents int64
 	maxBytes  int64
 
-	events atomic.Int64 // held in memory
-	bytes  atomic.Int64
+	came   pool         // what the stream brought
+	read   pool         // what was read back from the store: a quarter of the buffer, or little more
 	window atomic.Int64 // of events: at most maxEvents, less while the machine is the limit
 	wait   atomic.Int64 // shortest wait from arrival to attempt since the last Adapt, ns; -1 none
 
@@ -33,6 +33,14 @@ type Ledger struct {
 	fullSince  time.Time
 }
 
+// pool is a part of the buffer.
+type pool struct{ events, bytes atomic.Int64 }
+
+func (p *pool) add(events, bytes int64) {
+	p.events.Add(events)
+	p.bytes.Add(bytes)
+}
+
 // span is a run of rows, one row while something of it is owed. Settled neighbours melt into
 // one, so a million settled rows behind one that is owed are one span.
 type span struct {
@@ -40,6 +48,7 @@ type span struct {
 	end        cdc.LSN      // what is settled for good with it: a commit's end; zero inside a transaction
 	owed       int
 	arrived    time.Time
+	held       atomic.Int32 // deliveries that have its event in memory
 	prev, next *span
 }
 
@@ -81,6 +90,7 @@ func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
 		return nil
 	}
 	s := &span{pos: pos, owed: n, arrived: now, prev: l.tail}
+	s.held.Store(int32(n))
 	if l.tail == nil {
 		l.head = s
 	} else {
@@ -174,16 +184,17 @@ func (l *Ledger) Oldest() time.Time {
 	return l.head.arrived
 }
 
-// Hold counts an event into memory. It never refuses: whoever brings an event has asked Room.
-func (l *Ledger) Hold(e *Event) {
-	l.events.Add(1)
-	l.bytes.Add(e.Size())
-}
+// Hold counts an event of the stream into memory. It never refuses: whoever brings an event has
+// asked Room.
+func (l *Ledger) Hold(e *Event) { l.came.add(1, e.Size()) }
 
-// Release counts an event out of memory.
-func (l *Ledger) Release(e *Event) {
-	l.events.Add(-1)
-	l.bytes.Add(-e.Size())
+// Release says that a delivery no longer has its row's event in memory; the last one counts it
+// out.
+func (l *Ledger) Release(s *span, e *Event) {
+	if s.held.Add(-1) > 0 {
+		return
+	}
+	l.came.add(-1, -e.Size())
 	if l.fits() {
 		l.mu.Lock()
 		if l.room != nil && l.fits() {
@@ -195,7 +206,13 @@ func (l *Ledger) Release(e *Event) {
 }
 
 func (l *Ledger) fits() bool {
-	return l.events.Load() < l.window.Load() && l.bytes.Load() < l.maxBytes
+	return l.came.events.Load() < l.window.Load() && l.came.bytes.Load() < l.maxBytes*3/4
+}
+
+// mayRead tells whether there is room for more of what the store holds. It has a room of its own,
+// so that the backlog of one endpoint keeps no new event of another one out.
+func (l *Ledger) mayRead() bool {
+	return l.read.events.Load() < max(1, l.maxEvents/4) && l.read.bytes.Load() < l.maxBytes/4
 }
 
 // Room is nil while there is room for an event, else a channel that is closed when there is.
@@ -222,7 +239,9 @@ func (l *Ledger) FullSince() time.Time {
 }
 
 // Held tells how many events, and bytes of them, are in memory.
-func (l *Ledger) Held() (events, bytes int64) { return l.events.Load(), l.bytes.Load() }
+func (l *Ledger) Held() (events, bytes int64) {
+	return l.came.events.Load() + l.read.events.Load(), l.came.bytes.Load() + l.read.bytes.Load()
+}
 
 // Started notes how long a delivery waited in memory for its attempt.
 func (l *Ledger) Started(wait time.Duration) {

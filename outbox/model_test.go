@@ -19,7 +19,7 @@ import (
 
 // modelTime is how long TestModel looks for a plan that breaks a promise; WALHOOK_MODEL has
 // another time.
-const modelTime = 8 * time.Second
+const modelTime = 10 * time.Second
 
 // plan is a life's story: what the app commits, how receivers and Postgres behave, and how the
 // relay is stopped, killed and configured.
@@ -177,7 +177,7 @@ func run(p plan) ([]string, error) {
 	delays := []time.Duration{0, time.Millisecond, 30 * time.Millisecond, 700 * time.Millisecond}
 	delay := delays[rnd.IntN(len(delays))]
 	chance := rand.New(rand.NewPCG(p.seed, 2))
-	w.delay = func() time.Duration { return time.Duration(chance.Int64N(int64(delay) + 1)) }
+	w.delay = func(string) time.Duration { return time.Duration(chance.Int64N(int64(delay) + 1)) }
 	w.start()
 	events, added := 0, 0
 	for i, s := range p.steps {

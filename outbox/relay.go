@@ -464,12 +464,6 @@ func (r *Relay) wakeLapsed() {
 	}
 }
 
-func (r *Relay) release(e *Event) {
-	if atomic.AddInt32(&e.refs, -1) == 0 {
-		r.ledger.Release(e)
-	}
-}
-
 // disable stops an endpoint that must not be called again. What is parked for it stays. It is
 // called from an attempt that has not ended yet.
 func (r *Relay) disable(ep *Endpoint, why string) {
@@ -732,7 +726,6 @@ func (r *Relay) Row(row *cdc.Row) error {
 		return nil
 	}
 	r.metrics.routed.Inc()
-	atomic.StoreInt32(&ev.refs, int32(len(lanes)))
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, len(lanes), now)
 	for _, l := range lanes {
@@ -746,13 +739,12 @@ func (r *Relay) Row(row *cdc.Row) error {
 func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
 	r.log.Warn("a row cannot be mapped: it is a dead delivery now", zap.String("event", ev.ID), zap.Stringer("position", ev.Position), zap.String("reason", why.Reason))
 	r.metrics.unmappable.Inc()
-	atomic.StoreInt32(&ev.refs, 1)
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, 1, now)
 	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: clip(why.Reason)}
 	r.journal.put(c, func() {
 		r.ledger.Settle(sp)
-		r.release(ev)
+		r.ledger.Release(sp, ev)
 	})
 }
 

@@ -45,9 +45,9 @@ type world struct {
 	endpoints  []*outbox.Endpoint
 	receivers  map[string]*receiver
 	deliveries map[deliveryID]*delivery
-	lines      map[lineID][]*delivery // in commit order
-	touched    time.Time              // when the relay last heard of Postgres
-	silent     bool                   // Postgres is not heard of
+	lines      map[lineID]*line
+	touched    time.Time // when the relay last heard of Postgres
+	silent     bool      // Postgres is not heard of
 	reconnects int
 	saved      outbox.Checkpoint
 	confirmed  cdc.LSN
@@ -56,11 +56,14 @@ type world struct {
 	life       *life
 
 	// How the store behaves.
-	writesFail, answersLost, readsFail, savesFail, countsFail bool
+	writesFail, answersLost, readsFail, savesFail, countsFail, claimsFail bool
 
-	delay func() time.Duration // of every call of the store; nil is none
-	got   map[string][]string  // by endpoint, the ids as they first arrived
-	tries map[string][]string  // by endpoint, the ids as they were attempted
+	// delay is how long a call of the store takes: before it does its work (write, save, claim) or
+	// after (told, scan, key, due, count). nil is no time at all.
+	delay func(call string) time.Duration
+	calls map[string]int
+	got   map[string][]string // by endpoint, the ids as they first arrived
+	tries map[string][]string // by endpoint, the ids as they were attempted
 }
 
 // life is one relay from its start to its end.
@@ -91,6 +94,12 @@ type outboxRow struct {
 type deliveryID struct{ endpoint, event string }
 
 type lineID struct{ endpoint, key string }
+
+// line is what one endpoint is owed of one key, in commit order. The first done of it have ended.
+type line struct {
+	all  []*delivery
+	done int
+}
 
 // delivery is what the world knows of one event for one endpoint.
 type delivery struct {
@@ -123,6 +132,7 @@ type receiver struct {
 	probing  bool
 	held     int
 	attempts int
+	changed  time.Time // its settings; what was about to be sent goes by the old ones
 	paused   time.Time // since when nothing may be sent; zero where it may
 }
 
@@ -139,8 +149,8 @@ func newWorld(endpoints ...*outbox.Endpoint) *world {
 	w := &world{
 		store: outboxtest.New(), maxEvents: 10_000, maxBytes: 64 << 20,
 		end: firstLSN, grown: make(chan struct{}), endpoints: endpoints,
-		receivers: map[string]*receiver{}, deliveries: map[deliveryID]*delivery{}, lines: map[lineID][]*delivery{},
-		got: map[string][]string{}, tries: map[string][]string{},
+		receivers: map[string]*receiver{}, deliveries: map[deliveryID]*delivery{}, lines: map[lineID]*line{},
+		got: map[string][]string{}, tries: map[string][]string{}, calls: map[string]int{},
 	}
 	for _, e := range endpoints {
 		w.receiverLocked(e.ID)
@@ -404,7 +414,8 @@ func (w *world) configure(endpoints ...*outbox.Endpoint) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, e := range endpoints {
-		if r := w.receiverLocked(e.ID); e.Status != outbox.Enabled && r.paused.IsZero() {
+		r := w.receiverLocked(e.ID)
+		if r.changed = now; e.Status != outbox.Enabled && r.paused.IsZero() {
 			r.paused = now
 		}
 	}
@@ -657,7 +668,7 @@ func (s *stream) hand(tx *transaction, pos cdc.Position) {
 	}
 }
 
-func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Position, key string, l *life) {
+func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Position, key string, by *life) {
 	w.tracef("row %v: %s for %s, key %q", pos, row.id, endpoint, key)
 	id := deliveryID{endpoint, row.id}
 	if row.broken {
@@ -667,15 +678,26 @@ func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Po
 		if d.settled {
 			w.breakf("%v was handed on again", id)
 		}
-		d.repeated, d.handed, d.handedAt, d.dup = l, l, time.Now(), true
+		d.repeated, d.handed, d.handedAt, d.dup = by, by, time.Now(), true
 		return
 	}
-	d := &delivery{deliveryID: id, handed: l, handedAt: time.Now(), pos: pos, end: tx.end, mayDie: row.broken}
+	d := &delivery{deliveryID: id, handed: by, handedAt: time.Now(), pos: pos, end: tx.end, mayDie: row.broken}
 	w.deliveries[id] = d
 	if key != "" {
-		line := lineID{endpoint, key}
-		w.lines[line] = append(w.lines[line], d)
+		l := w.lines[lineID{endpoint, key}]
+		if l == nil {
+			l = &line{}
+			w.lines[lineID{endpoint, key}] = l
+		}
+		l.all = append(l.all, d)
 	}
+}
+
+// disabled are the endpoints that the relay has disabled, and how often.
+func (l *life) disabled() map[string]int {
+	l.w.mu.Lock()
+	defer l.w.mu.Unlock()
+	return maps.Clone(l.claims)
 }
 
 func (l *life) isDead() bool {
@@ -715,12 +737,13 @@ type flaky struct{ *life }
 
 var errDead = errors.New("this relay is no more")
 
-func (s *flaky) lag(ctx context.Context) error {
+func (s *flaky) lag(ctx context.Context, call string) error {
 	s.w.mu.Lock()
+	s.w.calls[call]++
 	delay := s.w.delay
 	var d time.Duration
 	if delay != nil {
-		d = delay()
+		d = delay(call)
 	}
 	s.w.mu.Unlock()
 	if d > 0 {
@@ -741,7 +764,7 @@ func (s *flaky) lag(ctx context.Context) error {
 
 // write does a call that may fail before it has done its work, or after.
 func (s *flaky) write(ctx context.Context, do func() error) error {
-	if err := s.lag(ctx); err != nil {
+	if err := s.lag(ctx, "write"); err != nil {
 		return err
 	}
 	w := s.w
@@ -764,7 +787,7 @@ func (s *flaky) write(ctx context.Context, do func() error) error {
 	if err != nil {
 		return err
 	}
-	if err := s.lag(ctx); err != nil {
+	if err := s.lag(ctx, "told"); err != nil {
 		return err
 	}
 	if lose {
@@ -778,7 +801,11 @@ func (s *flaky) Write(ctx context.Context, changes []outbox.Change) error {
 		if err := s.w.store.Write(ctx, changes); err != nil {
 			return err
 		}
-		rows := s.w.storedLocked()
+		var rows map[deliveryID]outbox.State
+		if slices.ContainsFunc(changes, func(c outbox.Change) bool { return c.State == outbox.StateDead }) {
+			rows = s.w.storedLocked()
+		}
+		seen := map[deliveryID]bool{}
 		for _, c := range changes {
 			s.w.tracef("write %s %s %s insert %v %s due %v", c.EndpointID, c.Event.ID, c.State, c.Insert, c.Reason, c.Due)
 			id := deliveryID{c.EndpointID, c.Event.ID}
@@ -789,11 +816,10 @@ func (s *flaky) Write(ctx context.Context, changes []outbox.Change) error {
 			case rows[id] == outbox.StateDead:
 				d.ended = true
 			}
-			if seen := slices.ContainsFunc(changes, func(o outbox.Change) bool {
-				return o.EndpointID == c.EndpointID && o.Event == c.Event && o.State != c.State
-			}); seen {
+			if seen[id] {
 				s.w.breakf("%v is changed twice in one write", id)
 			}
+			seen[id] = true
 		}
 		return nil
 	})
@@ -808,7 +834,7 @@ func (s *flaky) Bury(ctx context.Context, endpointID string, reason outbox.Reaso
 }
 
 // read does a call first and answers late: what it returns may be old.
-func (s *flaky) read(ctx context.Context, do func() error) error {
+func (s *flaky) read(ctx context.Context, call string, do func() error) error {
 	if s.isDead() {
 		return errDead
 	}
@@ -821,11 +847,11 @@ func (s *flaky) read(ctx context.Context, do func() error) error {
 	if err := do(); err != nil {
 		return err
 	}
-	return s.lag(ctx)
+	return s.lag(ctx, call)
 }
 
 func (s *flaky) Scan(ctx context.Context, endpointID string, after cdc.Position, skip []string, limit int, maxBytes int64) (rows []outbox.Stored, more bool, err error) {
-	err = s.read(ctx, func() (err error) {
+	err = s.read(ctx, "scan", func() (err error) {
 		rows, more, err = s.w.store.Scan(ctx, endpointID, after, skip, limit, maxBytes)
 		s.w.tracef("scan %s after %v without %v limit %d: %s more %v %v", endpointID, after, skip, limit, names(rows), more, err)
 		return err
@@ -834,7 +860,7 @@ func (s *flaky) Scan(ctx context.Context, endpointID string, after cdc.Position,
 }
 
 func (s *flaky) ScanKey(ctx context.Context, endpointID, key string, after cdc.Position, limit int, maxBytes int64) (rows []outbox.Stored, more bool, err error) {
-	err = s.read(ctx, func() (err error) {
+	err = s.read(ctx, "key", func() (err error) {
 		rows, more, err = s.w.store.ScanKey(ctx, endpointID, key, after, limit, maxBytes)
 		s.w.tracef("scan key %s %s after %v limit %d: %s more %v %v", endpointID, key, after, limit, names(rows), more, err)
 		return err
@@ -843,7 +869,7 @@ func (s *flaky) ScanKey(ctx context.Context, endpointID, key string, after cdc.P
 }
 
 func (s *flaky) Due(ctx context.Context, endpointID string, now time.Time, limit int, maxBytes int64) (keys []string, loose []outbox.Stored, next time.Time, err error) {
-	err = s.read(ctx, func() (err error) {
+	err = s.read(ctx, "due", func() (err error) {
 		keys, loose, next, err = s.w.store.Due(ctx, endpointID, now, limit, maxBytes)
 		s.w.tracef("due %s: %v %s next %v %v", endpointID, keys, names(loose), next, err)
 		return err
@@ -858,7 +884,7 @@ func (s *flaky) Backlogs(ctx context.Context) (all []outbox.Backlog, err error) 
 	if fail {
 		return nil, errors.New("the store cannot be counted")
 	}
-	err = s.read(ctx, func() (err error) {
+	err = s.read(ctx, "count", func() (err error) {
 		all, err = s.w.store.Backlogs(ctx)
 		return err
 	})
@@ -867,7 +893,8 @@ func (s *flaky) Backlogs(ctx context.Context) (all []outbox.Backlog, err error) 
 
 // SaveCheckpoint checks that nothing below the watermark is owed.
 func (s *flaky) SaveCheckpoint(ctx context.Context, c outbox.Checkpoint) (proof cdc.LSN, err error) {
-	if err := s.lag(ctx); err != nil {
+	// One whose context ends lands all the same: nobody knows.
+	if err = s.lag(ctx, "save"); errors.Is(err, errDead) {
 		return 0, err
 	}
 	w := s.w
@@ -890,7 +917,9 @@ func (s *flaky) SaveCheckpoint(ctx context.Context, c outbox.Checkpoint) (proof 
 		}
 	}
 	w.saved = c
-	return w.store.SaveCheckpoint(ctx, c)
+	w.tracef("save %v", c)
+	proof, saveErr := w.store.SaveCheckpoint(context.WithoutCancel(ctx), c)
+	return proof, cmp.Or(err, saveErr)
 }
 
 // Checkpoint, Claim and SetStatus make it an outbox.Claims.
@@ -900,11 +929,14 @@ func (s *flaky) Checkpoint(context.Context) (outbox.Checkpoint, bool, error) {
 }
 
 func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, error) {
-	if err := s.lag(ctx); err != nil {
+	if err := s.lag(ctx, "claim"); err != nil {
 		return outbox.Checkpoint{}, err
 	}
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
+	if s.w.claimsFail {
+		return outbox.Checkpoint{}, errors.New("the slot cannot be claimed")
+	}
 	c, _ := s.w.store.Checkpoint()
 	s.w.store.Claim()
 	s.w.touched = time.Now()
@@ -1022,7 +1054,7 @@ func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 	}
 	d.flying++
 	now := time.Now()
-	if r.inflight > a.Endpoint.Concurrency {
+	if r.inflight > a.Endpoint.Concurrency && now.After(r.changed) {
 		w.breakf("%d attempts at once for %s", r.inflight, r.endpoint)
 	}
 	if now.Sub(w.touched) > 15*time.Second {
@@ -1059,8 +1091,15 @@ func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 	if key == "" {
 		return d
 	}
-	for _, o := range w.lines[lineID{r.endpoint, key}] {
-		if o == d {
+	line := w.lines[lineID{r.endpoint, key}]
+	if line == nil { // it is of a time when the endpoint had another ordering
+		return d
+	}
+	for line.done < len(line.all) && line.all[line.done].ended && line.all[line.done].flying == 0 {
+		line.done++
+	}
+	for _, o := range line.all[line.done:] {
+		if o == d || o.pos.Compare(d.pos) > 0 && o.flying == 0 {
 			continue
 		}
 		if o.flying > 0 {
@@ -1085,5 +1124,3 @@ func hash(parts ...any) uint64 {
 	fmt.Fprint(h, parts...)
 	return h.Sum64()
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

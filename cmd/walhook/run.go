@@ -123,8 +123,11 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		err = p.run(ctx)
 		p.close()
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil && !errors.Is(err, cdc.ErrNewHistory) && !errors.Is(err, outbox.ErrFenced):
 			return err
+		case ctx.Err() != nil:
+			s.log.Warn("another instance has gone on before we had stopped", zap.Error(err))
+			return nil
 		case errors.Is(err, cdc.ErrNewHistory), errors.Is(err, outbox.ErrFenced):
 			s.log.Warn("starting again from the checkpoint", zap.Error(err))
 		case err != nil:

@@ -1,0 +1,176 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+)
+
+// book is a Store of which only Write is asked.
+type book struct {
+	Store
+	writes [][]Change
+	answer func(n int) error // to the nth write, from 1
+	took   time.Duration
+}
+
+func (b *book) Write(ctx context.Context, changes []Change) error {
+	select {
+	case <-time.After(b.took):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	b.writes = append(b.writes, changes)
+	if b.answer == nil {
+		return nil
+	}
+	return b.answer(len(b.writes))
+}
+
+type scribe struct {
+	*journal
+	book *book
+	told []string
+	stop context.CancelFunc
+	done chan error
+}
+
+// keep runs a journal in a bubble.
+func keep(t *testing.T, b *book) *scribe {
+	s := &scribe{journal: newJournal(b, zap.NewNop()), book: b, done: make(chan error, 1)}
+	ctx, cancel := context.WithCancel(t.Context())
+	s.stop = cancel
+	go func() { s.done <- s.run(ctx) }()
+	t.Cleanup(cancel)
+	return s
+}
+
+func (s *scribe) note(c Change, what string) {
+	s.put(c, func() { s.told = append(s.told, what) })
+}
+
+func change(id string, state State) Change {
+	return Change{EndpointID: "e", Event: &Event{ID: id}, State: state}
+}
+
+func inserted(id string, state State) Change {
+	c := change(id, state)
+	c.Insert = true
+	return c
+}
+
+func states(changes []Change) (out []string) {
+	for _, c := range changes {
+		what := c.Event.ID + " " + string(c.State)
+		if c.Insert {
+			what = "new " + what
+		}
+		out = append(out, what)
+	}
+	return out
+}
+
+func TestWhatGathersWhileAWriteIsUnderWayGoesTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := keep(t, &book{took: time.Second})
+		s.note(inserted("a", StateParked), "a")
+		synctest.Wait()
+		s.note(inserted("b", StateParked), "b")
+		s.note(change("a", StateDead), "a dead")
+		s.note(inserted("c", StateSending), "c")
+		s.note(change("c", StateParked), "c parked")
+		require.NoError(t, s.flush(t.Context()))
+		require.Equal(t, [][]string{{"new a parked"}, {"new b parked", "a dead", "new c parked"}}, [][]string{states(s.book.writes[0]), states(s.book.writes[1])})
+		require.Equal(t, []string{"a", "b", "a dead", "c", "c parked"}, s.told)
+		require.Equal(t, 2*time.Second, time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)))
+	})
+}
+
+func TestARowThatIsGoneBeforeItWasWrittenNeedsNoWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := keep(t, &book{took: time.Second})
+		s.note(inserted("a", StateParked), "a")
+		synctest.Wait()
+		s.note(inserted("b", StateSending), "b")
+		s.note(change("b", StateGone), "b gone")
+		s.note(change("a", StateGone), "a gone")
+		require.NoError(t, s.flush(t.Context()))
+		require.Len(t, s.book.writes, 2)
+		require.Equal(t, []string{"a gone"}, states(s.book.writes[1]))
+		require.Equal(t, []string{"a", "b", "b gone", "a gone"}, s.told)
+	})
+}
+
+func TestAFailedWriteIsTriedAgainAsItWas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		down := errors.New("disk full")
+		s := keep(t, &book{answer: func(n int) error {
+			if n <= 10 {
+				return down
+			}
+			return nil
+		}})
+		s.note(inserted("a", StateParked), "a")
+		synctest.Wait()
+		require.ErrorIs(t, s.err(), down)
+		s.note(change("a", StateGone), "a gone") // the write may have been applied: it is not folded into it
+		require.NoError(t, s.flush(t.Context()))
+		for _, w := range s.book.writes[:11] {
+			require.Equal(t, []string{"new a parked"}, states(w))
+		}
+		require.Equal(t, []string{"a gone"}, states(s.book.writes[11]))
+		require.Equal(t, []string{"a", "a gone"}, s.told)
+		require.NoError(t, s.err())
+		require.Less(t, time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)), 10*journalMaxBackoff)
+	})
+}
+
+func TestABatchHasItsLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := keep(t, &book{took: time.Second})
+		s.note(inserted("first", StateParked), "")
+		synctest.Wait()
+		for i := range journalBatch + 1 {
+			s.note(inserted(strconv.Itoa(i), StateParked), "")
+		}
+		for i := range 5 {
+			c := inserted("large"+strconv.Itoa(i), StateParked)
+			c.Event.Data = make([]byte, journalBatchBytes/2)
+			s.note(c, "")
+		}
+		require.NoError(t, s.flush(t.Context()))
+		var sizes []int
+		for _, w := range s.book.writes {
+			sizes = append(sizes, len(w))
+		}
+		require.Equal(t, []int{1, journalBatch, 2, 1, 1, 1, 1}, sizes)
+	})
+}
+
+func TestAFenceEndsTheJournal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := keep(t, &book{answer: func(int) error { return ErrFenced }})
+		s.note(inserted("a", StateParked), "a")
+		require.ErrorIs(t, <-s.done, ErrFenced)
+		require.Empty(t, s.told)
+	})
+}
+
+func TestFlushEndsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := keep(t, &book{answer: func(int) error { return errors.New("down") }})
+		require.NoError(t, s.flush(t.Context()))
+		s.note(inserted("a", StateParked), "a")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		require.ErrorIs(t, s.flush(ctx), context.DeadlineExceeded)
+		s.stop()
+		require.NoError(t, <-s.done)
+	})
+}
