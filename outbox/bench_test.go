@@ -66,7 +66,6 @@ type rowsOf struct {
 	relay *outbox.Relay
 	n     int
 	row   func(i int) *cdc.Row
-	limit *atomic.Int64 // most events in memory
 }
 
 func (s *rowsOf) Run(ctx context.Context) error {

@@ -42,12 +42,9 @@ const (
 	// endpoint counts as failing as a whole.
 	maxBlockedKeys = 50_000
 	maxRetryAfter  = 24 * time.Hour
-	// A lane whose newest deliveries arrive while the last parked ones are being read back
-	// keeps at most so many of them in memory.
-	maxTail       = 4096
-	loadBackoff   = 500 * time.Millisecond
-	recountSlack  = 5 * time.Second
-	overflowPause = time.Minute
+	loadBackoff    = 500 * time.Millisecond
+	recountSlack   = 5 * time.Second
+	overflowPause  = time.Minute
 )
 
 // itemState is where a delivery in memory stands.
@@ -227,13 +224,12 @@ func (l *Lane) add(e *Event, sp *span, now time.Time) {
 	it := &item{event: e, key: l.orderKey(e), span: sp, arrived: now}
 	l.owed.push(it)
 	switch {
-	case l.state == draining && l.catching && len(l.tail) < maxTail:
+	case l.state == draining && l.catching:
 		l.tail = append(l.tail, it)
 	case l.state == flowing:
 		l.enqueue(it)
 		l.dispatch()
 	default:
-		l.letGo()
 		l.park(it, l.parkReason())
 	}
 }

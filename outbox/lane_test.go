@@ -272,7 +272,7 @@ func TestADrainEndsOnlyWhereItHasSeenAll(t *testing.T) {
 	}, endpoint("a"))
 }
 
-// At the end of a drain new deliveries wait in memory, but not all of a flood.
+// At the end of a drain new deliveries wait in memory, for as long as any may.
 func TestAFloodAtTheEndOfADrainKeepsItsOrder(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		slow := false
