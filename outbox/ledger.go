@@ -23,6 +23,7 @@ type Ledger struct {
 	came   pool         // what the stream brought
 	read   pool         // what was read back from the store: a quarter of the buffer, or little more
 	window atomic.Int64 // of events: at most maxEvents, less while the machine is the limit
+	full   atomic.Bool  // somebody waits for room
 	wait   atomic.Int64 // shortest wait from arrival to attempt since the last Adapt, ns; -1 none
 
 	mu         sync.Mutex // guards what follows
@@ -195,13 +196,20 @@ func (l *Ledger) Release(s *span, e *Event) {
 		return
 	}
 	l.came.add(-1, -e.Size())
-	if l.fits() {
-		l.mu.Lock()
-		if l.room != nil && l.fits() {
-			close(l.room)
-			l.room, l.fullSince = nil, time.Time{}
-		}
-		l.mu.Unlock()
+	l.wake()
+}
+
+// wake tells who waits for room that there is some.
+func (l *Ledger) wake() {
+	if !l.full.Load() || !l.fits() {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.room != nil && l.fits() {
+		close(l.room)
+		l.room, l.fullSince = nil, time.Time{}
+		l.full.Store(false)
 	}
 }
 
@@ -222,10 +230,12 @@ func (l *Ledger) Room() <-chan struct{} {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.fits() { // asked again under the lock, so that no Release is missed
-		return nil
-	}
 	if l.room == nil {
+		l.full.Store(true)
+		if l.fits() { // asked again now that every Release looks, so that none is missed
+			l.full.Store(false)
+			return nil
+		}
 		l.room, l.fullSince = make(chan struct{}), time.Now()
 	}
 	return l.room
@@ -264,5 +274,6 @@ func (l *Ledger) Adapt(target time.Duration) {
 		l.window.Store(max(min(minWindow, l.maxEvents), l.window.Load()*3/4))
 	case w < target/4:
 		l.window.Store(min(l.maxEvents, l.window.Load()*5/4+64))
+		l.wake()
 	}
 }

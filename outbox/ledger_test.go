@@ -160,6 +160,19 @@ func TestWhoWaitsForRoomIsWoken(t *testing.T) {
 	})
 }
 
+func TestAWiderWindowWakesWhoWaits(t *testing.T) {
+	l := NewLedger(10_000, 1<<30)
+	for l.Room() == nil {
+		l.Hold(&Event{})
+	}
+	room := l.Room()
+	l.Started(time.Millisecond)
+	l.Adapt(time.Second)
+	<-room
+	require.Nil(t, l.Room())
+	require.Zero(t, l.FullSince())
+}
+
 // What is read back from the store has a room of its own.
 func TestABacklogKeepsNoNewEventOut(t *testing.T) {
 	l := NewLedger(100, 1<<20)

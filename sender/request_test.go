@@ -101,8 +101,10 @@ func TestWhatCannotBeSentDiesWithoutARequest(t *testing.T) {
 		"id with a dot":   {event: func(e *outbox.Event) { e.ID = "a.b" }, reason: outbox.ReasonBadRequest},
 		"no id":           {event: func(e *outbox.Event) { e.ID = "" }, reason: outbox.ReasonBadRequest},
 		"year 10000":      {event: func(e *outbox.Event) { e.Time = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, reason: outbox.ReasonBadRequest},
-		"raw too large": {event: func(e *outbox.Event) { e.Data = make([]byte, 101) }, reason: outbox.ReasonTooLarge,
-			endpoint: func(e *outbox.Endpoint) { e.Format, e.MaxPayload = outbox.FormatRaw, 100 }},
+		"raw too large": {
+			event: func(e *outbox.Event) { e.Data = make([]byte, 101) }, reason: outbox.ReasonTooLarge,
+			endpoint: func(e *outbox.Endpoint) { e.Format, e.MaxPayload = outbox.FormatRaw, 100 },
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ev, to := event(), endpoint("https://x.example/")
