@@ -63,6 +63,6 @@
 //   - After a crash the store can be ahead of the stream, which brings again what was in memory: a row
 //     waits until the stream has come to it (sight.reach).
 //
-// Locks are taken in this order: Relay.mu, Lane.mu, then Ledger.mu or journal.mu. No lock but
-// Relay.changing is held across a call of Store, Sender or Stream.
+// Locks are taken in this order: Relay.changing, Relay.mu, Lane.mu, then Ledger.mu or journal.mu.
+// None is held across a call of Store, Sender or Stream.
 package outbox

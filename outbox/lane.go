@@ -864,7 +864,7 @@ func (l *Lane) want(q *queue) {
 
 // wantNext loads more of a key that waits for nothing else.
 func (l *Lane) wantNext(q *queue) {
-	if q.blocked && q.due.IsZero() && len(q.items) == 0 && l.state != parking {
+	if q.blocked && len(q.items) == 0 && l.state != parking && !q.due.After(time.Now()) {
 		l.want(q)
 	}
 }
@@ -989,6 +989,7 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 		l.cursor = row.Event.Position
 		q := l.queues[row.OrderKey]
 		switch {
+		case l.held[row.Event.Position] != nil: // memory has it, and had it perhaps before its time
 		case row.OrderKey != "" && q != nil && q.blocked:
 		// Better the oldest a little before its time than a newer one.
 		case row.Due.After(now) && !(l.probing && row.Due.Before(now.Add(l.ep.Breaker.OpenFor))):
@@ -997,9 +998,8 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 			}
 			l.dueAt(row.Due)
 		default:
-			if l.take(row) {
-				l.probing = false
-			}
+			l.take(row)
+			l.probing = false
 			if q = l.queues[row.OrderKey]; q != nil && len(q.items) >= keyPage {
 				l.block(q, time.Time{}) // the rest of it is read by its key
 				q.after = row.Event.Position

@@ -392,6 +392,25 @@ func TestTheProbeIsTheOldestAndTheRestFollowsSlowly(t *testing.T) {
 	}))
 }
 
+// A probe is sent a little before its retry is due. Where the lane drained anew while it was in
+// flight, its key waited for that time, and when it had passed for nothing more.
+func TestAProbeBeforeItsTimeDoesNotHoldItsKey(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.countsFail = true
+		w.answers("a", script(fails, hangs(3*time.Second, ok), ok))
+		w.start()
+		w.commit("1:k", "2:k")
+		pass(100 * time.Millisecond)
+		w.haltClean()
+		w.start() // the probe is 1
+		pass(100 * time.Millisecond)
+		require.Equal(t, []string{"1", "1"}, w.attempted("a"))
+		w.commit("3:l") // waits for the one place, until the lane drains for it
+		pass(5 * time.Second)
+		require.ElementsMatch(t, []string{"1", "2", "3"}, w.arrived("a"))
+	}, endpoint("a", concurrency(1), func(e *outbox.Endpoint) { e.Retry.Schedule = []time.Duration{1900 * time.Millisecond} }))
+}
+
 func TestRetryAfterPausesTheEndpoint(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.answers("a", script(func(a outbox.Attempt) answer {
