@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/walhook/walhook/cdc"
+	"github.com/walhook/walhook/cdc/pgtest"
 )
 
 var committed = time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC)
@@ -847,14 +847,10 @@ func FuzzMapRow(f *testing.F) {
 	})
 }
 
-// What this package says of how Postgres prints, asked of the servers of all versions.
+// What this package says of how Postgres prints, asked of Postgres itself.
 func TestPostgresPrintsAsWeRead(t *testing.T) {
-	url := os.Getenv("WALHOOK_TEST_DATABASE_URL")
-	if url == "" {
-		t.Skip("WALHOOK_TEST_DATABASE_URL is not set")
-	}
 	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, url)
+	conn, err := pgx.Connect(ctx, pgtest.DB(t))
 	require.NoError(t, err)
 	defer conn.Close(ctx)
 	for _, set := range []string{"set datestyle = 'ISO'", "set timezone = 'UTC'", "set bytea_output = 'hex'", "set extra_float_digits = 3"} {

@@ -88,8 +88,11 @@ func (j *journal) run(ctx context.Context) error {
 				backoff = 0
 				break
 			}
-			if errors.Is(err, ErrFenced) || ctx.Err() != nil {
+			if errors.Is(err, ErrFenced) {
 				return err
+			}
+			if ctx.Err() != nil {
+				return nil
 			}
 			backoff = min(max(2*backoff, 50*time.Millisecond), journalMaxBackoff)
 			j.fail(err)

@@ -174,3 +174,16 @@ func TestFlushEndsWithItsContext(t *testing.T) {
 		require.NoError(t, <-s.done)
 	})
 }
+
+// It ended a stop in order with the error of the last write.
+func TestAWriteThatFailsAtTheEndIsNoErrorOfTheJournal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *scribe
+		s = keep(t, &book{answer: func(int) error {
+			s.stop()
+			return errors.New("down")
+		}})
+		s.note(inserted("a", StateParked), "a")
+		require.NoError(t, <-s.done)
+	})
+}

@@ -399,7 +399,8 @@ func (w *world) configure(endpoints ...*outbox.Endpoint) {
 	now := time.Now()
 	for _, e := range endpoints {
 		kept[e.ID] = true
-		if r := w.receiverLocked(e.ID); e.Status == outbox.Enabled {
+		r := w.receiverLocked(e.ID)
+		if r.changed = now; e.Status == outbox.Enabled {
 			r.paused = time.Time{}
 		}
 	}
@@ -414,8 +415,7 @@ func (w *world) configure(endpoints ...*outbox.Endpoint) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, e := range endpoints {
-		r := w.receiverLocked(e.ID)
-		if r.changed = now; e.Status != outbox.Enabled && r.paused.IsZero() {
+		if r := w.receiverLocked(e.ID); e.Status != outbox.Enabled && r.paused.IsZero() {
 			r.paused = now
 		}
 	}
