@@ -443,7 +443,7 @@ type claims struct {
 }
 
 func (c *claims) Checkpoint(ctx context.Context) (outbox.Checkpoint, bool, error) {
-	saved, ok, err := c.store.Checkpoint(ctx)
+	saved, ok, err := c.store.Checkpoint(ctx, "")
 	return saved.Checkpoint, ok, err
 }
 
@@ -452,7 +452,7 @@ func (c *claims) Checkpoint(ctx context.Context) (outbox.Checkpoint, bool, error
 func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	claimed, err := c.store.Claim(ctx, s.SystemID, s.Slot.Confirmed)
+	claimed, err := c.store.Claim(ctx, store.Holder{SystemIdentifier: s.SystemID, At: s.Slot.Confirmed})
 	var copied *store.CopyError
 	if errors.As(err, &copied) {
 		return outbox.Checkpoint{}, &cdc.Fault{

@@ -2,14 +2,16 @@ package store
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"go.uber.org/zap"
 
 	"github.com/walhook/walhook/cdc"
@@ -18,11 +20,33 @@ import (
 
 // Saved is a row of walhook.checkpoints.
 type Saved struct {
-	outbox.Checkpoint
+	outbox.Checkpoint // at zero the slot's first snapshot is announced and not taken yet
 	Identity
-	Epoch     int64
-	SnapXmin  uint64 // every transaction id below it had ended before Checkpoint.LSN; zero not known
-	UpdatedAt time.Time
+	Epoch      int64
+	SnapXmin   uint64            // every transaction id below it had ended before Checkpoint.LSN; zero not known
+	ProvenXmin uint64            // SnapXmin as of the last look that found the catalogue as it should be; zero not known
+	Gap        string            // why committed rows may be missing from the stream; empty where none are
+	Tables     map[string]uint32 // of the holder; nil not known
+	UpdatedAt  time.Time
+}
+
+// announced tells that the row was made by Announce, and that nobody has gone on from it.
+func (c Saved) announced() bool { return c.LSN == 0 && c.Epoch == 0 }
+
+// Holder is who takes a slot, and what it streams.
+type Holder struct {
+	SystemIdentifier string            // as IDENTIFY_SYSTEM told the connection that has the slot
+	At               cdc.LSN           // where the slot stands
+	Tables           map[string]uint32 // OIDs of the published tables by their quoted names; nil leaves what is recorded
+}
+
+// tables is null where nothing is known of them.
+func (h Holder) tables() (any, error) {
+	if h.Tables == nil {
+		return nil, nil
+	}
+	text, err := json.Marshal(h.Tables)
+	return string(text), err
 }
 
 // Claimed is what a holder finds when it takes the slot.
@@ -32,57 +56,18 @@ type Claimed struct {
 	Parked int64 // deliveries that the holder before had in flight, parked now
 }
 
-// Identity is whose checkpoint it is.
-type Identity struct {
-	SystemIdentifier string // of the cluster, as IDENTIFY_SYSTEM tells it
-	Database         string
-	Instance         string
-}
-
-func (i Identity) String() string {
-	return fmt.Sprintf("instance %s of database %s in cluster %s", i.Instance, i.Database, i.SystemIdentifier)
-}
-
-// CopyError is what Claim answers where a checkpoint was written by another instance or in
-// another database: this one is a restore or a copy, and may be about to send again what the
-// original sends. Nothing was changed.
-type CopyError struct {
-	Slot   string   // of the checkpoint
-	Stored Identity // what the checkpoint says
-	Here   Identity // where we are
-}
-
-func (e *CopyError) Error() string {
-	return fmt.Sprintf("the checkpoint of slot %s is of %s, but this is %s; to go on in its place run: %s",
-		e.Slot, e.Stored, e.Here, e.AdoptSQL())
-}
-
-// AdoptSQL is the statement after which Claim succeeds. Positions of another cluster or
-// database mean nothing here, so then the slot begins anew; what is parked stays and is sent.
-func (e *CopyError) AdoptSQL() string {
-	if e.Stored.SystemIdentifier == e.Here.SystemIdentifier && e.Stored.Database == e.Here.Database {
-		return fmt.Sprintf("update walhook.checkpoints set instance = %s;", literal(e.Here.Instance))
-	}
-	return fmt.Sprintf("delete from walhook.checkpoints where system_identifier <> %s or database <> %s;",
-		literal(e.Here.SystemIdentifier), literal(e.Here.Database))
-}
-
-func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }
-
-// ErrOtherServer is what Claim answers where the replication connection and ours lead to
-// different clusters.
-var ErrOtherServer = errors.New("database.url and database.replication_url lead to different clusters")
-
 const selectCheckpoints = `
 select
-	slot, instance, system_identifier, database, epoch, lsn::text, coalesce(commit_lsn, '0/0')::text, coalesce(ordinal, 0),
-	coalesce(snap_xmin, 0)::text, updated_at
+	slot, instance, system_identifier, database, coalesce(hosts, ''), coalesce(server, ''), epoch, lsn::text,
+	coalesce(commit_lsn, '0/0')::text, coalesce(ordinal, 0), coalesce(snap_xmin, 0)::text, coalesce(proven_xmin, 0)::text,
+	coalesce(gap, ''), coalesce(tables, 'null')::text, updated_at
 from walhook.checkpoints
-where slot = coalesce($1, slot)`
+order by slot`
 
 func scanSaved(row pgx.Row) (slot string, c Saved, err error) {
-	var lsn, commit, xmin string
-	err = row.Scan(&slot, &c.Instance, &c.SystemIdentifier, &c.Database, &c.Epoch, &lsn, &commit, &c.Position.Ordinal, &xmin, &c.UpdatedAt)
+	var lsn, commit, snap, proven, tables string
+	err = row.Scan(&slot, &c.Instance, &c.SystemIdentifier, &c.Database, &c.Hosts, &c.Server, &c.Epoch, &lsn,
+		&commit, &c.Position.Ordinal, &snap, &proven, &c.Gap, &tables, &c.UpdatedAt)
 	if err != nil {
 		return "", Saved{}, err
 	}
@@ -92,42 +77,77 @@ func scanSaved(row pgx.Row) (slot string, c Saved, err error) {
 	if c.Position.Commit, err = cdc.ParseLSN(commit); err != nil {
 		return "", Saved{}, err
 	}
-	if _, err := fmt.Sscan(xmin, &c.SnapXmin); err != nil {
-		return "", Saved{}, fmt.Errorf("snap_xmin %s: %w", xmin, err)
+	if c.SnapXmin, err = strconv.ParseUint(snap, 10, 64); err != nil {
+		return "", Saved{}, fmt.Errorf("snap_xmin: %w", err)
+	}
+	if c.ProvenXmin, err = strconv.ParseUint(proven, 10, 64); err != nil {
+		return "", Saved{}, fmt.Errorf("proven_xmin: %w", err)
+	}
+	if err := json.Unmarshal([]byte(tables), &c.Tables); err != nil {
+		return "", Saved{}, fmt.Errorf("tables: %w", err)
 	}
 	c.UpdatedAt = c.UpdatedAt.UTC()
 	return slot, c, nil
 }
 
-// Checkpoint reads the slot's checkpoint; ok is false where there is none.
-func (s *Store) Checkpoint(ctx context.Context) (c Saved, ok bool, err error) {
+// readCheckpoints reads the slot's checkpoint and looks at those of all slots: a copy whose slot
+// was given another name is a copy. here is nil where that is not the question.
+func (s *Store) readCheckpoints(ctx context.Context, conn *pgx.Conn, sql string, here *Identity) (c Saved, ok bool, err error) {
+	rows, err := conn.Query(ctx, sql)
+	if err != nil {
+		return Saved{}, false, err
+	}
+	defer rows.Close()
+	var copied *CopyError
+	for rows.Next() {
+		slot, saved, err := scanSaved(rows)
+		if err != nil {
+			return Saved{}, false, err
+		}
+		if here != nil && len(here.Differs(saved.Identity)) > 0 {
+			if copied == nil {
+				copied = &CopyError{Slot: slot, Stored: saved.Identity, Here: *here}
+			}
+			copied.more = append(copied.more, saved.Identity)
+		}
+		if slot == s.slot {
+			c, ok = saved, true
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return Saved{}, false, err
+	}
+	if copied != nil {
+		return Saved{}, false, copied
+	}
+	return c, ok, nil
+}
+
+// Checkpoint reads the slot's checkpoint; ok is false where there is none. It fails with a
+// CopyError where Claim would, unless systemIdentifier is empty: then nobody asks.
+func (s *Store) Checkpoint(ctx context.Context, systemIdentifier string) (c Saved, ok bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	_, c, err = scanSaved(s.pool.QueryRow(ctx, selectCheckpoints, s.slot))
-	if errors.Is(err, pgx.ErrNoRows) {
-		return Saved{}, false, nil
-	}
+	err = s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
+		var here *Identity
+		if systemIdentifier != "" {
+			identity, err := s.identify(ctx, conn.Conn(), systemIdentifier)
+			if err != nil {
+				return err
+			}
+			here = &identity
+		}
+		c, ok, err = s.readCheckpoints(ctx, conn.Conn(), selectCheckpoints, here)
+		return err
+	})
 	if err != nil {
 		return Saved{}, false, fmt.Errorf("read checkpoint: %w", err)
 	}
-	return c, true, nil
+	if ok {
+		s.seen.Store(c.Epoch)
+	}
+	return c, ok, nil
 }
-
-// claimTries is how often Claim waits a second for a lock of the holder before.
-const claimTries = 5
-
-// endFrozen ends sessions like ours that have stood still for a second in a transaction, because
-// their process was stopped or is out of reach: it may hold locks for hours.
-const endFrozen = `
-select count(pg_terminate_backend(pid))
-from pg_stat_activity
-where datname = current_database()
-and usename = current_user
-and application_name = current_setting('application_name')
-and backend_type = 'client backend'
-and pid <> pg_backend_pid()
-and wait_event = 'ClientRead'
-and xact_start < clock_timestamp() - interval '1 second'`
 
 const onlyOne = `
 select count(*) = 1
@@ -142,29 +162,59 @@ func (s *Store) Alone(ctx context.Context) (alone bool, err error) {
 	return alone, nil
 }
 
+// ErrUnfinished is what Claim answers where the slot's first snapshot was announced: whoever
+// streamed from here would leave out the rows that were there before.
+var ErrUnfinished = errors.New("the slot's first snapshot was announced and is not finished")
+
+// claimTries is how often Claim waits a second for a lock of the holder before.
+const claimTries = 5
+
+// fillName is what a session is called while it fills, so that it is not taken for a frozen one.
+const fillName = `left(current_setting('application_name'), 50) || ' fill'`
+
+// endFrozen ends sessions like ours that have stood still for a second in a transaction, because
+// their process was stopped or is out of reach: it may hold locks for hours. One that fills is
+// waiting for its rows most of the time, but gives a sign of life.
+const endFrozen = `
+select count(pg_terminate_backend(pid))
+from pg_stat_activity
+where datname = current_database()
+and usename = current_user
+and backend_type = 'client backend'
+and pid <> pg_backend_pid()
+and wait_event = 'ClientRead'
+and xact_start < clock_timestamp() - interval '1 second'
+and (
+	application_name = current_setting('application_name')
+	or application_name = ` + fillName + `
+	and state_change < clock_timestamp() - make_interval(secs => $1)
+)`
+
 // Claim takes the checkpoint over for the instance that has just got the slot: from here on
 // writes of the holder before fail with ErrFenced. Where that was ourselves, and nobody since, the
 // epoch stays, or a write of ours that is under way would fail. Where there is no checkpoint, it is made at
-// first. systemIdentifier is what IDENTIFY_SYSTEM told the connection that has the slot.
-func (s *Store) Claim(ctx context.Context, systemIdentifier string, first cdc.LSN) (Claimed, error) {
+// where the slot stands; one that was announced is refused with ErrUnfinished. What is recorded of the
+// holder is brought up to date; what is returned was there before.
+func (s *Store) Claim(ctx context.Context, h Holder) (Claimed, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if err := s.sameServer(ctx, systemIdentifier); err != nil {
-		return Claimed{}, fmt.Errorf("claim checkpoint: %w", err)
-	}
-	claimed, err := s.tryClaim(ctx, systemIdentifier, first)
+	claimed, err := s.claim(ctx, h)
 	for try := 1; try < claimTries && isLocked(err); try++ {
-		claimed, err = s.tryClaim(ctx, systemIdentifier, first)
+		claimed, err = s.claim(ctx, h)
 	}
 	if err != nil {
 		return Claimed{}, fmt.Errorf("claim checkpoint: %w", err)
 	}
 	s.epoch.Store(claimed.Epoch)
 	s.sample.forget()
-	if claimed.Parked > 0 {
-		s.log.Info("parked what the holder before had in flight", zap.Int64("deliveries", claimed.Parked))
-	}
+	s.sayParked(claimed.Parked)
 	return claimed, nil
+}
+
+func (s *Store) sayParked(n int64) {
+	if n > 0 {
+		s.log.Info("parked what the holder before had in flight", zap.Int64("deliveries", n))
+	}
 }
 
 func isLocked(err error) bool {
@@ -173,93 +223,174 @@ func isLocked(err error) bool {
 	return errors.As(err, &refused) && refused.Code == lockNotAvailable
 }
 
-func (s *Store) tryClaim(ctx context.Context, systemIdentifier string, first cdc.LSN) (claimed Claimed, err error) {
-	if _, err := s.pool.Exec(ctx, endFrozen); err != nil {
-		return Claimed{}, fmt.Errorf("end frozen sessions: %w", err)
-	}
-	err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
-		if _, err := tx.Exec(ctx, settings); err != nil {
-			return fmt.Errorf("settings: %w", err)
-		}
-		if _, err := tx.Exec(ctx, "set local lock_timeout = '1s'"); err != nil {
-			return fmt.Errorf("settings: %w", err)
-		}
-		claimed, err = s.claim(ctx, tx, systemIdentifier, first)
-		return err
-	})
-	return claimed, err
-}
-
-// sameServer compares the cluster of our connections with the one of the slot's.
-func (s *Store) sameServer(ctx context.Context, systemIdentifier string) error {
-	var ours string
-	err := s.pool.QueryRow(ctx, "select system_identifier::text from pg_control_system()").Scan(&ours)
-	var refused *pgconn.PgError
-	const insufficientPrivilege = "42501" // everybody may, unless somebody revoked it
-	if errors.As(err, &refused) && refused.Code == insufficientPrivilege {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("identify server: %w", err)
-	}
-	if ours != systemIdentifier {
-		return fmt.Errorf("%w: %s and %s", ErrOtherServer, ours, systemIdentifier)
-	}
-	return nil
-}
-
 const claimCheckpoint = `
-insert into walhook.checkpoints as c (slot, instance, system_identifier, database, epoch, lsn)
-values ($1, $2, $3, $4, 1, $5::text::pg_lsn)
-on conflict (slot) do update
-	set epoch = c.epoch + case when c.epoch = $6 then 0 else 1 end
+update walhook.checkpoints
+set
+	epoch = epoch + case when epoch = $2 then 0 else 1 end,
+	tables = coalesce($3::text::jsonb, tables),
+	hosts = $4,
+	server = $5
+where slot = $1
 returning epoch, updated_at`
+
+func (s *Store) claim(ctx context.Context, h Holder) (Claimed, error) {
+	t, err := s.take(ctx, h, h.At)
+	if err != nil {
+		return Claimed{}, err
+	}
+	defer t.rollback()
+	if t.saved.announced() && !t.made {
+		return Claimed{}, ErrUnfinished
+	}
+	claimed := Claimed{Saved: t.saved, First: t.made, Parked: t.parked}
+	tables, err := h.tables()
+	if err != nil {
+		return Claimed{}, err
+	}
+	err = t.tx.QueryRow(ctx, claimCheckpoint, s.slot, s.epoch.Load(), tables, t.here.Hosts, t.here.Server).
+		Scan(&claimed.Epoch, &claimed.UpdatedAt)
+	if err != nil {
+		return Claimed{}, fmt.Errorf("take over: %w", err)
+	}
+	claimed.UpdatedAt = claimed.UpdatedAt.UTC()
+	if err := t.tx.Commit(ctx); err != nil {
+		return Claimed{}, fmt.Errorf("commit: %w", err)
+	}
+	return claimed, nil
+}
+
+// taken is a transaction in which nobody else can write.
+type taken struct {
+	tx     pgx.Tx
+	here   Identity
+	saved  Saved
+	made   bool  // there was no checkpoint
+	parked int64 // deliveries that were being sent
+}
+
+func (t *taken) rollback() {
+	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
+	defer cancel()
+	_ = t.tx.Rollback(ctx)
+}
+
+// A checkpoint that is there stays as it is. One that was made has no holder yet.
+const insertCheckpoint = `
+insert into walhook.checkpoints (slot, instance, system_identifier, database, epoch, lsn, tables, hosts, server)
+values ($1, $2, $3, $4, 0, $5::text::pg_lsn, $6::text::jsonb, $7, $8)
+on conflict (slot) do nothing`
+
+func (s *Store) makeCheckpoint(ctx context.Context, tx pgx.Tx, h Holder, here Identity, at cdc.LSN) (made bool, err error) {
+	tables, err := h.tables()
+	if err != nil {
+		return false, err
+	}
+	tag, err := tx.Exec(ctx, insertCheckpoint, s.slot, here.Instance, here.SystemIdentifier, here.Database, at.String(), tables,
+		here.Hosts, here.Server)
+	return tag.RowsAffected() == 1, err
+}
 
 const parkSending = `
 update walhook.deliveries
 set state = 'parked'
 where state = 'sending'`
 
-func (s *Store) claim(ctx context.Context, tx pgx.Tx, systemIdentifier string, first cdc.LSN) (Claimed, error) {
-	here := Identity{SystemIdentifier: systemIdentifier, Instance: s.instance}
-	if err := tx.QueryRow(ctx, "select current_database()").Scan(&here.Database); err != nil {
-		return Claimed{}, fmt.Errorf("identify database: %w", err)
+// take begins a transaction that has waited for all writes before it, a second at most, and
+// makes those behind it wait. The slot has a checkpoint in it, made at first where there was none, and
+// nothing is being sent.
+func (s *Store) take(ctx context.Context, h Holder, first cdc.LSN) (_ *taken, err error) {
+	if err := s.sameServer(ctx, h.SystemIdentifier); err != nil {
+		return nil, err
 	}
-	claimed := Claimed{First: true, Saved: Saved{Checkpoint: outbox.Checkpoint{LSN: first}, Identity: here}}
-
-	// Checkpoints of all slots are looked at: a copy whose slot was given another name is a copy.
-	rows, err := tx.Query(ctx, selectCheckpoints+"\nfor update", nil)
+	if _, err := s.pool.Exec(ctx, endFrozen, s.silence.Seconds()); err != nil {
+		return nil, fmt.Errorf("end frozen sessions: %w", err)
+	}
+	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
 	if err != nil {
-		return Claimed{}, fmt.Errorf("read: %w", err)
+		return nil, fmt.Errorf("begin: %w", err)
 	}
-	defer rows.Close()
-	for rows.Next() {
-		slot, saved, err := scanSaved(rows)
+	t := &taken{tx: tx}
+	defer func() {
 		if err != nil {
-			return Claimed{}, fmt.Errorf("read: %w", err)
+			t.rollback()
 		}
-		if saved.Identity != here {
-			return Claimed{}, &CopyError{Slot: slot, Stored: saved.Identity, Here: here}
-		}
-		if slot == s.slot {
-			claimed.Saved, claimed.First = saved, false
+	}()
+	for _, sql := range []string{settings, "set local lock_timeout = '1s'"} {
+		if _, err := tx.Exec(ctx, sql); err != nil {
+			return nil, fmt.Errorf("settings: %w", err)
 		}
 	}
-	if err := rows.Err(); err != nil {
-		return Claimed{}, fmt.Errorf("read: %w", err)
+	if t.here, err = s.identify(ctx, tx.Conn(), h.SystemIdentifier); err != nil {
+		return nil, err
 	}
-	err = tx.QueryRow(ctx, claimCheckpoint, s.slot, here.Instance, here.SystemIdentifier, here.Database, first.String(), s.epoch.Load()).
-		Scan(&claimed.Epoch, &claimed.UpdatedAt)
-	if err != nil {
-		return Claimed{}, fmt.Errorf("take over: %w", err)
+	if t.made, err = s.makeCheckpoint(ctx, tx, h, t.here, first); err != nil {
+		return nil, fmt.Errorf("make: %w", err)
 	}
-	claimed.UpdatedAt = claimed.UpdatedAt.UTC()
+	if t.saved, _, err = s.readCheckpoints(ctx, tx.Conn(), selectCheckpoints+"\nfor update", &t.here); err != nil {
+		return nil, fmt.Errorf("read: %w", err)
+	}
 	tag, err := tx.Exec(ctx, parkSending)
 	if err != nil {
-		return Claimed{}, fmt.Errorf("park what was sending: %w", err)
+		return nil, fmt.Errorf("park what was sending: %w", err)
 	}
-	claimed.Parked = tag.RowsAffected()
-	return claimed, nil
+	t.parked = tag.RowsAffected()
+	return t, nil
+}
+
+// Announce records, before the slot is made, that its first snapshot is to be taken: until a
+// Fill has done it, nobody gets to stream. It does nothing where the slot has a checkpoint.
+func (s *Store) Announce(ctx context.Context, h Holder) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if err := s.announce(ctx, h); err != nil {
+		return fmt.Errorf("announce snapshot: %w", err)
+	}
+	return nil
+}
+
+func (s *Store) announce(ctx context.Context, h Holder) error {
+	if err := s.sameServer(ctx, h.SystemIdentifier); err != nil {
+		return err
+	}
+	return pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, settings); err != nil {
+			return fmt.Errorf("settings: %w", err)
+		}
+		here, err := s.identify(ctx, tx.Conn(), h.SystemIdentifier)
+		if err != nil {
+			return err
+		}
+		if _, _, err := s.readCheckpoints(ctx, tx.Conn(), selectCheckpoints, &here); err != nil {
+			return fmt.Errorf("read: %w", err)
+		}
+		_, err = s.makeCheckpoint(ctx, tx, h, here, 0)
+		return err
+	})
+}
+
+const saveGap = `
+update walhook.checkpoints
+set gap = $2
+where slot = $1
+and gap is null
+and epoch = coalesce($3, epoch)`
+
+// SaveGap records why committed rows may be missing from the stream. The first reason stays,
+// until a Fill has closed the gap. Who has no claim may do it too, as nobody can claim a slot that is gone;
+// but not once another instance has gone on since it read the checkpoint.
+func (s *Store) SaveGap(ctx context.Context, why string) error {
+	write, epoch := s.held, any(nil)
+	if s.epoch.Load() == unclaimed {
+		write = s.plain
+		if seen := s.seen.Load(); seen != unclaimed {
+			epoch = seen
+		}
+	}
+	why = cleanDetail(why, s.asciiOnly.Load())
+	if err := write(ctx, step{what: "update", sql: saveGap, args: []any{s.slot, why, epoch}}); err != nil {
+		return fmt.Errorf("save gap: %w", err)
+	}
+	return nil
 }
 
 const saveCheckpoint = `
@@ -269,6 +400,7 @@ set
 	commit_lsn = $4::text::pg_lsn,
 	ordinal = $5,
 	snap_xmin = coalesce($6::text::numeric, snap_xmin),
+	proven_xmin = greatest(proven_xmin, $7::text::numeric),
 	updated_at = now()
 where slot = $1
 and epoch = $2`
@@ -283,19 +415,23 @@ select pg_current_wal_flush_lsn()::text, pg_current_wal_insert_lsn()::text, pg_s
 // SaveCheckpoint records how far the slot is settled. A stream that has passed proof has also
 // passed every Write that returned before the call.
 func (s *Store) SaveCheckpoint(ctx context.Context, c outbox.Checkpoint) (proof cdc.LSN, err error) {
-	var commit, ordinal, xmin any
+	var commit, ordinal, xmin, proven any
 	if c.Position != (cdc.Position{}) {
 		commit, ordinal = c.Position.Commit.String(), int64(c.Position.Ordinal)
 	}
-	if x, ok := s.sample.below(c.LSN); ok {
-		xmin = x
+	settled, ok := s.sample.below(c.LSN)
+	if ok {
+		xmin = settled.xmin
+	}
+	if p := s.sample.proof(); p != "" {
+		proven = p
 	}
 	var (
 		updated                           int64
 		flushText, insertText, sampleXmin string
 	)
 	save := step{
-		what: "update", sql: saveCheckpoint, args: []any{s.slot, s.epoch.Load(), c.LSN.String(), commit, ordinal, xmin},
+		what: "update", sql: saveCheckpoint, args: []any{s.slot, s.epoch.Load(), c.LSN.String(), commit, ordinal, xmin, proven},
 		tag: func(t pgconn.CommandTag) { updated = t.RowsAffected() },
 	}
 	prove := step{what: "read position", sql: selectProof, row: func(r pgx.Rows) error {
@@ -316,41 +452,78 @@ func (s *Store) SaveCheckpoint(ctx context.Context, c outbox.Checkpoint) (proof 
 	if err != nil {
 		return 0, fmt.Errorf("save checkpoint: %w", err)
 	}
-	s.sample.offer(insert, sampleXmin)
+	if ok {
+		s.sample.wrote(settled)
+	}
+	s.sample.offer(horizon{lsn: insert, xmin: sampleXmin, taken: time.Now()})
 	return proof, nil
 }
 
-// sample is the oldest running transaction of a moment, and the end of the WAL a little later.
+// Proven tells that a look at the catalogue, which began at asOf, found publication and tables
+// as they should be. What SaveCheckpoint had recorded of transactions before is then proven to have been
+// streamed, and the next SaveCheckpoint says so.
+func (s *Store) Proven(asOf time.Time) { s.sample.prove(asOf) }
+
+// horizon is the oldest running transaction of a moment, and the end of the WAL a little later.
 // Once everything below that end is settled, every transaction id below xmin is, and the next
 // checkpoint may say so: after the loss of the slot, the rows of the others are sent again.
+type horizon struct {
+	lsn   cdc.LSN // zero: there is none
+	xmin  string
+	taken time.Time // not before the snapshot was
+}
+
+// sample follows one horizon after the other into the checkpoint.
 type sample struct {
-	mu   sync.Mutex // guards lsn, xmin
-	lsn  cdc.LSN    // zero: none is taken
-	xmin string
+	mu      sync.Mutex // guards what follows
+	waiting horizon    // for everything below it to be settled
+	written horizon    // the last one that is in the checkpoint
+	proven  string     // the xmin of a written one that was followed by a good look
 }
 
-// offer keeps the sample unless an earlier one still waits.
-func (s *sample) offer(lsn cdc.LSN, xmin string) {
+// offer keeps the horizon unless an earlier one still waits.
+func (s *sample) offer(h horizon) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lsn == 0 {
-		s.lsn, s.xmin = lsn, xmin
+	if s.waiting.lsn == 0 {
+		s.waiting = h
 	}
 }
 
-// below returns the sample where everything below settled includes its position, and drops it.
-func (s *sample) below(settled cdc.LSN) (xmin string, ok bool) {
+// below returns the horizon where everything below settled includes its position, and drops it.
+func (s *sample) below(settled cdc.LSN) (h horizon, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lsn == 0 || s.lsn > settled {
-		return "", false
+	if s.waiting.lsn == 0 || s.waiting.lsn > settled {
+		return horizon{}, false
 	}
-	xmin, s.lsn = s.xmin, 0
-	return xmin, true
+	h, s.waiting = s.waiting, horizon{}
+	return h, true
+}
+
+func (s *sample) wrote(h horizon) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.written = h
+}
+
+func (s *sample) prove(asOf time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.written.lsn != 0 && s.written.taken.Before(asOf) {
+		s.proven = s.written.xmin
+	}
+}
+
+// proof is empty where nothing is proven.
+func (s *sample) proof() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.proven
 }
 
 func (s *sample) forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lsn = 0
+	s.waiting, s.written, s.proven = horizon{}, horizon{}, ""
 }

@@ -10,6 +10,10 @@
 //   - A write is one transaction and one round trip, however many changes it has.
 //   - A write of a holder whose slot another instance has taken since changes nothing and fails
 //     with outbox.ErrFenced. Who takes the slot waits for the writes that were before it.
+//   - A Fill is one transaction too, of any length in little memory: rows of a snapshot and the
+//     checkpoint behind them stand there together, or neither does.
+//   - Whoever finds the checkpoint of a database that was copied, restored or cloned is told
+//     so, and has changed nothing.
 //   - An event stays as long as one delivery needs it, whoever writes at the same time: another
 //     lane, another instance, a command.
 //   - No read is longer than what it returns: each follows an index from its first row on,
@@ -17,7 +21,7 @@
 //   - It works through a transaction pooler: nothing depends on the session. One that knows no
 //     prepared statements wants default_query_exec_mode=cache_describe in the URL.
 //
-// It starts no goroutine but the pool's, and needs no Postgres to be opened.
+// It starts no goroutine but the pool's and a Fill's, and needs no Postgres to be opened.
 //
 // # States
 //
@@ -26,4 +30,9 @@
 //	                       │  └────────┤ retry, or the holder died
 //	                       │           ▼
 //	                       └─operator─ dead
+//
+// A slot's checkpoint:
+//
+//	(no row) ──Announce──► announced, at 0/0 ──Fill──► held ──SaveCheckpoint, Claim, Fill──► held
+//	   └─────────────────Claim, Fill───────────────────▲
 package store

@@ -108,6 +108,14 @@ func (s *Store) migrate(ctx context.Context, tx pgx.Tx) error {
 	if at == len(texts) {
 		return nil
 	}
+	// A table is altered once nobody is in a transaction with it, and whoever comes meanwhile waits
+	// behind us: so not for long, and not for a process that was stopped.
+	if _, err := tx.Exec(ctx, "set local lock_timeout = '10s'"); err != nil {
+		return fmt.Errorf("settings: %w", err)
+	}
+	if _, err := tx.Exec(ctx, endFrozen, s.silence.Seconds()); err != nil {
+		return fmt.Errorf("end frozen sessions: %w", err)
+	}
 	// Asked first: create … if not exists wants the right to create even where it does nothing.
 	var exists bool
 	if err := tx.QueryRow(ctx, "select to_regnamespace('walhook') is not null").Scan(&exists); err != nil {

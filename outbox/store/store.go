@@ -41,11 +41,17 @@ type Store struct {
 	instance string
 	log      *zap.Logger
 	pool     *pgxpool.Pool
-	epoch    atomic.Int64 // of our claim; zero before it, which no checkpoint has
+	epoch    atomic.Int64 // of our claim; unclaimed before it
+	seen     atomic.Int64 // of the checkpoint that was read last; unclaimed before it
 	// asciiOnly: the database's encoding is not UTF-8, so that it may lack any other character.
 	asciiOnly atomic.Bool
 	sample    sample
+	// beat and silence are fillBeat and fillSilence but in tests.
+	beat, silence time.Duration
 }
+
+// unclaimed is the epoch that no checkpoint has. (One that was announced has zero.)
+const unclaimed = -1
 
 var _ outbox.Store = (*Store)(nil)
 
@@ -60,7 +66,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger}
+	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger, beat: fillBeat, silence: fillSilence}
+	s.epoch.Store(unclaimed)
+	s.seen.Store(unclaimed)
 	if s.log == nil {
 		s.log = zap.NewNop()
 	}
@@ -192,11 +200,24 @@ func (s *Store) runOnce(ctx context.Context, steps []step) error {
 	}
 	defer conn.Release()
 
+	err = send(ctx, conn, steps)
+	// Else the pool would throw the connection away.
+	if pg := conn.Conn().PgConn(); err != nil && !pg.IsClosed() && pg.TxStatus() != 'I' {
+		_, _ = conn.Exec(ctx, "rollback")
+	}
+	return err
+}
+
+// send sends the steps in one round trip.
+func send(ctx context.Context, to interface {
+	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
+}, steps []step,
+) (err error) {
 	var batch pgx.Batch
 	for _, st := range steps {
 		batch.Queue(st.sql, st.args...)
 	}
-	results := conn.SendBatch(ctx, &batch)
+	results := to.SendBatch(ctx, &batch)
 	for _, st := range steps {
 		if err = st.read(results); err != nil {
 			err = fmt.Errorf("%s: %w", st.what, err)
@@ -205,10 +226,6 @@ func (s *Store) runOnce(ctx context.Context, steps []step) error {
 	}
 	if closeErr := results.Close(); err == nil {
 		err = closeErr
-	}
-	// Else the pool would throw the connection away.
-	if pg := conn.Conn().PgConn(); err != nil && !pg.IsClosed() && pg.TxStatus() != 'I' {
-		_, _ = conn.Exec(ctx, "rollback")
 	}
 	return err
 }

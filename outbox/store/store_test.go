@@ -43,7 +43,7 @@ func setup(t testing.TB) *bundle {
 	t.Helper()
 	b := empty(t, pgtest.DB(t))
 	require.NoError(t, b.Migrate(t.Context()))
-	_, err := b.Claim(t.Context(), b.system, 100)
+	_, err := b.Claim(t.Context(), b.holder(100))
 	require.NoError(t, err)
 	return b
 }
@@ -77,6 +77,24 @@ func (b *bundle) query(sql string, into ...any) {
 	require.NoError(b.t, conn.QueryRow(b.t.Context(), sql).Scan(into...))
 }
 
+func (b *bundle) holder(at cdc.LSN) Holder { return Holder{SystemIdentifier: b.system, At: at} }
+
+// saved is the slot's checkpoint.
+func (b *bundle) saved() Saved {
+	b.t.Helper()
+	saved, ok, err := b.Checkpoint(b.t.Context(), "")
+	require.NoError(b.t, err)
+	require.True(b.t, ok)
+	return saved
+}
+
+func (b *bundle) save(lsn cdc.LSN) (proof cdc.LSN) {
+	b.t.Helper()
+	proof, err := b.SaveCheckpoint(b.t.Context(), outbox.Checkpoint{LSN: lsn})
+	require.NoError(b.t, err)
+	return proof
+}
+
 func (b *bundle) count(table string) (n int) {
 	b.t.Helper()
 	b.query("select count(*) from walhook."+table, &n)
@@ -100,7 +118,7 @@ func suite(t *testing.T, b *bundle, settings string) {
 		require.NoError(t, err)
 		address.RawQuery = strings.Trim(address.RawQuery+"&"+settings, "&")
 		s := open(t, address.String(), "walhook", "default")
-		_, err = s.Claim(t.Context(), b.system, 100)
+		_, err = s.Claim(t.Context(), b.holder(100))
 		require.NoError(t, err)
 		return s
 	})
@@ -176,7 +194,7 @@ func TestDatabaseOfAnotherEncoding(t *testing.T) {
 	address.Path = "/" + name
 	b := empty(t, address.String())
 	require.NoError(t, b.Migrate(t.Context()))
-	_, err = b.Claim(t.Context(), b.system, 100)
+	_, err = b.Claim(t.Context(), b.holder(100))
 	require.NoError(t, err)
 
 	c := outboxtest.Park("a", outboxtest.Event(1, "clé"))
@@ -249,7 +267,7 @@ func TestSecondHolderFencesTheFirst(t *testing.T) {
 
 	other := open(t, b.url, "walhook", "default")
 	require.ErrorIs(t, other.Write(t.Context(), []outbox.Change{park(3)}), outbox.ErrFenced, "it has not claimed yet")
-	claimed, err := other.Claim(t.Context(), b.system, 999)
+	claimed, err := other.Claim(t.Context(), b.holder(999))
 	require.NoError(t, err)
 	require.False(t, claimed.First)
 	require.Equal(t, outbox.Checkpoint{LSN: 200, Position: cdc.Position{Commit: 210, Ordinal: 3}}, claimed.Checkpoint)
@@ -266,7 +284,7 @@ func TestSecondHolderFencesTheFirst(t *testing.T) {
 	rows, _, err := other.Scan(t.Context(), "a", cdc.Position{}, nil, 10, 1000)
 	require.NoError(t, err)
 	require.Len(t, rows, 2)
-	saved, ok, err := other.Checkpoint(t.Context())
+	saved, ok, err := other.Checkpoint(t.Context(), "")
 	require.NoError(t, err)
 	require.True(t, ok)
 	require.EqualValues(t, 200, saved.LSN)
@@ -285,7 +303,7 @@ func TestClaimWaitsForTheWriteBeforeIt(t *testing.T) {
 	other := open(t, b.url, "walhook", "default")
 	done := make(chan error, 1)
 	go func() {
-		_, err := other.Claim(t.Context(), b.system, 1)
+		_, err := other.Claim(t.Context(), b.holder(1))
 		done <- err
 	}()
 	b.awaitLockWait()
@@ -307,7 +325,7 @@ func TestFrozenHolderDoesNotHoldUpTheNext(t *testing.T) {
 	require.NoError(t, err)
 
 	next := open(t, b.url, "walhook", "default")
-	_, err = next.Claim(t.Context(), b.system, 1)
+	_, err = next.Claim(t.Context(), b.holder(1))
 	require.NoError(t, err)
 	require.NoError(t, next.Write(t.Context(), []outbox.Change{gone(1)}))
 	require.Error(t, tx.Commit(t.Context()))
@@ -335,63 +353,23 @@ func (b *bundle) awaitLockWait() {
 func TestFirstClaimMakesTheCheckpoint(t *testing.T) {
 	b := empty(t, pgtest.DB(t))
 	require.NoError(t, b.Migrate(t.Context()))
-	_, ok, err := b.Checkpoint(t.Context())
+	_, ok, err := b.Checkpoint(t.Context(), "")
 	require.NoError(t, err)
 	require.False(t, ok)
-	claimed, err := b.Claim(t.Context(), b.system, 0x16B374D848)
+	claimed, err := b.Claim(t.Context(), b.holder(0x16B374D848))
 	require.NoError(t, err)
 	require.True(t, claimed.First)
 	require.EqualValues(t, 1, claimed.Epoch)
 	require.EqualValues(t, 0x16B374D848, claimed.LSN)
-	saved, ok, err := b.Checkpoint(t.Context())
+	saved, ok, err := b.Checkpoint(t.Context(), "")
 	require.NoError(t, err)
 	require.True(t, ok)
 	require.Equal(t, claimed.Saved, saved)
 }
 
-func TestCopyOfTheDatabaseIsNotTakenOver(t *testing.T) {
-	here := func(b *bundle) (database string) {
-		b.query("select current_database()", &database)
-		return database
-	}
-	for name, c := range map[string]struct {
-		change string // what makes it a copy
-		slot   string
-		first  bool // the slot begins anew once it is adopted
-	}{
-		"another cluster":          {"update walhook.checkpoints set system_identifier = '42'", "walhook", true},
-		"another database":         {"update walhook.checkpoints set database = 'it''s'", "walhook", true},
-		"another instance":         {"update walhook.checkpoints set instance = 'production'", "walhook", false},
-		"another name of slot":     {"update walhook.checkpoints set system_identifier = '42'", "staging", true},
-		"slot and instance differ": {"update walhook.checkpoints set instance = 'production'", "staging", true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			b := setup(t)
-			b.exec(c.change)
-			s := open(t, b.url, c.slot, "it's mine")
-			b.exec("update walhook.checkpoints set instance = 'it''s mine' where instance = 'default'")
-			_, err := s.Claim(t.Context(), b.system, 555)
-			var copied *CopyError
-			require.ErrorAs(t, err, &copied)
-			require.Equal(t, "walhook", copied.Slot)
-			require.Equal(t, Identity{b.system, here(b), "it's mine"}, copied.Here)
-			require.NotEqual(t, copied.Here, copied.Stored)
-			require.ErrorContains(t, err, copied.AdoptSQL())
-			require.ErrorIs(t, s.Write(t.Context(), []outbox.Change{park(1)}), outbox.ErrFenced)
-			require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1)}), "nothing was changed")
-
-			b.exec(copied.AdoptSQL())
-			claimed, err := s.Claim(t.Context(), b.system, 555)
-			require.NoError(t, err)
-			require.Equal(t, c.first, claimed.First)
-			require.NoError(t, s.Write(t.Context(), []outbox.Change{park(2)}))
-		})
-	}
-}
-
 func TestSlotOfAnotherClusterIsRefused(t *testing.T) {
 	b := setup(t)
-	_, err := b.Claim(t.Context(), "4711", 1)
+	_, err := b.Claim(t.Context(), Holder{SystemIdentifier: "4711", At: 1})
 	require.ErrorIs(t, err, ErrOtherServer)
 	var copied *CopyError
 	require.False(t, errors.As(err, &copied))
@@ -428,18 +406,8 @@ func TestProofIsBehindTheCommitAndOnDisk(t *testing.T) {
 // FAULTS 3.2: what is recorded had ended below the checkpoint, also while others run on.
 func TestSnapshotIsOlderThanItsCheckpoint(t *testing.T) {
 	b := setup(t)
-	xmin := func() uint64 {
-		t.Helper()
-		saved, _, err := b.Checkpoint(t.Context())
-		require.NoError(t, err)
-		return saved.SnapXmin
-	}
-	save := func(lsn cdc.LSN) cdc.LSN {
-		t.Helper()
-		proof, err := b.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: lsn})
-		require.NoError(t, err)
-		return proof
-	}
+	xmin := func() uint64 { return b.saved().SnapXmin }
+	save := b.save
 	conn, err := pgx.Connect(t.Context(), b.url)
 	require.NoError(t, err)
 	defer conn.Close(context.Background())
@@ -461,7 +429,7 @@ func TestSnapshotIsOlderThanItsCheckpoint(t *testing.T) {
 	save(end + 1<<20)
 	require.Greater(t, xmin(), open)
 
-	_, err = b.Claim(t.Context(), b.system, 1)
+	_, err = b.Claim(t.Context(), b.holder(1))
 	require.NoError(t, err)
 	last := xmin()
 	save(end + 1<<30)
@@ -679,7 +647,7 @@ func TestRoleThatOwnsNothingCanWork(t *testing.T) {
 	b.exec(SetupSQL()) // does nothing more
 	b.exec(GrantSQL(role))
 	require.NoError(t, s.Migrate(t.Context()))
-	_, err = s.Claim(t.Context(), b.system, 1)
+	_, err = s.Claim(t.Context(), b.holder(1))
 	require.NoError(t, err)
 	c := park(1)
 	require.NoError(t, s.Write(t.Context(), []outbox.Change{c}))

@@ -27,22 +27,34 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 		return nil
 	}
 	var inserts, updates, gone []outbox.Change
-	contents := map[string]*outbox.Event{}
 	for _, c := range changes {
 		switch {
 		case c.State == outbox.StateGone: // also of a new one: an earlier write of it may have been applied
 			gone = append(gone, c)
 		case c.Insert:
 			inserts = append(inserts, c)
-			if id := clean(c.Event.ID); contents[id] == nil {
-				contents[id] = c.Event
-			}
 		default:
 			updates = append(updates, c)
 		}
 	}
 	ascii := s.asciiOnly.Load()
-	var steps []step
+	steps := insertSteps(inserts, ascii)
+	steps = append(steps, updateSteps(updates, ascii)...)
+	steps = append(steps, removeSteps(gone)...)
+	if err := s.held(ctx, steps...); err != nil {
+		return fmt.Errorf("write deliveries: %w", err)
+	}
+	return nil
+}
+
+// insertSteps insert new deliveries, and their events.
+func insertSteps(inserts []outbox.Change, ascii bool) (steps []step) {
+	contents := map[string]*outbox.Event{}
+	for _, c := range inserts {
+		if id := clean(c.Event.ID); contents[id] == nil {
+			contents[id] = c.Event
+		}
+	}
 	// In the order of their ids, as they are locked when they are removed.
 	events := make([]*outbox.Event, 0, len(contents))
 	for _, id := range slices.Sorted(maps.Keys(contents)) {
@@ -54,12 +66,7 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	for part := range chunks(inserts, rowSize) {
 		steps = append(steps, insertDeliveriesStep(part, ascii))
 	}
-	steps = append(steps, updateSteps(updates, ascii)...)
-	steps = append(steps, removeSteps(gone)...)
-	if err := s.held(ctx, steps...); err != nil {
-		return fmt.Errorf("write deliveries: %w", err)
-	}
-	return nil
+	return steps
 }
 
 func contentSize(e *outbox.Event) int { return len(e.Headers) + len(e.Data) }
