@@ -1,0 +1,176 @@
+package cdc
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// What follows is the SQL that a DBA runs once. Each text can be run twice; the second time
+// changes nothing.
+
+// block is PL/pgSQL whose text may hold any name.
+func block(body string) string {
+	tag := "$walhook$"
+	for strings.Contains(body, tag) {
+		tag = tag[:len(tag)-1] + "_$"
+	}
+	return "do " + tag + "\nbegin\n" + body + "\nend " + tag + ";\n"
+}
+
+// RoleSQL makes the role. verifier is what Postgres is to keep as its password; the role can
+// log in with none where it is empty, until it is given one.
+func RoleSQL(role, verifier string) string {
+	password := ""
+	if verifier != "" {
+		password = " password " + quoteText(verifier)
+	}
+	return block("    if not exists (select from pg_roles where rolname = " + quoteText(role) + ") then\n" +
+		"        create role " + quoteName(role) + " login" + password + ";\n" +
+		"    end if;")
+}
+
+// ReplicationSQL lets the role replicate. Amazon RDS has a role for that instead of the attribute.
+func ReplicationSQL(role string) string {
+	return block("    if exists (select from pg_roles where rolname = " + quoteText(role) + " and (rolreplication or rolsuper)) then\n" +
+		"        return;\n" +
+		"    elsif exists (select from pg_roles where rolname = 'rds_replication') then\n" +
+		"        grant rds_replication to " + quoteName(role) + ";\n" +
+		"    else\n" +
+		"        alter role " + quoteName(role) + " with replication;\n" +
+		"    end if;")
+}
+
+// GrantSQL lets the role connect to the database it is run in, and read the tables.
+func GrantSQL(role string, tables []Table) string {
+	r := quoteName(role)
+	sql := block("    execute format('grant connect on database %I to %I', current_database(), " + quoteText(role) + ");")
+	var schemas []string
+	for _, t := range tables {
+		if !slices.Contains(schemas, t.Schema) {
+			schemas = append(schemas, t.Schema)
+			sql += "grant usage on schema " + quoteName(t.Schema) + " to " + r + ";\n"
+		}
+	}
+	for _, t := range tables {
+		sql += "grant select on table " + t.String() + " to " + r + ";\n"
+	}
+	return sql
+}
+
+// OwnerSQL gives the schema walhook, with all that is in it, to the role. Whoever is no
+// superuser must be a member of the role for that.
+func OwnerSQL(role string) string {
+	r, text := quoteName(role), quoteText(role)
+	id := quoteText(r) + "::regrole"
+	body := `declare
+    item text;
+begin
+    if not pg_has_role(current_user, ` + text + `, 'usage') then
+        execute format('grant ` + strings.ReplaceAll(strings.ReplaceAll(r, "%", "%%"), "'", "''") + ` to %I', current_user);
+    end if;
+    alter schema walhook owner to ` + r + `;
+    for item in
+        select format('table walhook.%I', c.relname) from pg_class c
+        where c.relnamespace = 'walhook'::regnamespace and c.relkind in ('r', 'p') and c.relowner <> ` + id + `
+        union all
+        select format('function %s', p.oid::regprocedure) from pg_proc p
+        where p.pronamespace = 'walhook'::regnamespace and p.proowner <> ` + id + `
+    loop
+        execute format('alter %s owner to %I', item, ` + text + `);
+    end loop;`
+	return strings.Replace(block(body), "\nbegin\ndeclare", "\ndeclare", 1)
+}
+
+// PublicationSQL makes the publication, or has it publish what the stream needs. What it adds is
+// locked first: old minor versions lose the rows of a transaction that is open meanwhile. It
+// waits for one no longer than a few seconds, because everybody who writes would wait behind it.
+func PublicationSQL(name string, tables []Table) string {
+	n, text := quoteName(name), quoteText(name)
+	var b strings.Builder
+	b.WriteString("begin;\nset local lock_timeout = '5s';\n")
+	lock := func(tables ...Table) string {
+		if len(tables) == 0 {
+			return ""
+		}
+		return "        lock table " + tableList(tables) + " in share row exclusive mode;\n"
+	}
+	var body strings.Builder
+	body.WriteString("    if not exists (select from pg_publication where pubname = " + text + ") then\n" +
+		lock(tables...) +
+		"        " + createPublication(name, tables) + ";\n" +
+		"        return;\n" +
+		"    end if;\n" +
+		"    if not (select pubinsert from pg_publication where pubname = " + text + ") then\n" +
+		"        alter publication " + n + " set (publish = 'insert');\n" +
+		"    end if;\n" +
+		"    if not (select pubviaroot from pg_publication where pubname = " + text + ") then\n" +
+		"        alter publication " + n + " set (publish_via_partition_root = true);\n" +
+		"    end if;")
+	for _, t := range tables {
+		body.WriteString("\n    if not exists (select from pg_publication_tables where pubname = " + text +
+			" and schemaname = " + quoteText(t.Schema) + " and tablename = " + quoteText(t.Name) + ") then\n" +
+			lock(t) +
+			"        " + addTables(name, []Table{t}) + ";\n" +
+			"    end if;")
+	}
+	b.WriteString(block(body.String()) + "commit;\n")
+	return b.String()
+}
+
+// SlotSQL makes the slot. The stream does that by itself.
+func SlotSQL(slot string) string {
+	return "select pg_create_logical_replication_slot(" + quoteText(slot) + ", 'pgoutput');\n"
+}
+
+// RoleState is what LookAtRole finds.
+type RoleState struct {
+	Exists      bool
+	Replication bool // or superuser
+	Itself      bool // it is the role that looked
+}
+
+const roleSQL = `
+select current_user = $1,
+       exists (select from pg_roles where rolname = $1),
+       exists (select from pg_roles where rolname = $1 and (rolreplication or rolsuper))
+         or exists (select from pg_roles where rolname = 'rds_replication' and pg_has_role(coalesce((select oid from pg_roles where rolname = $1), 0), oid, 'usage'))`
+
+// LookAtRole asks whether the role is there. The error is a *Fault.
+func LookAtRole(ctx context.Context, url, role string) (RoleState, error) {
+	var s RoleState
+	conn, err := (&Config{URL: func() (string, error) { return url, nil }}).connectSQL(ctx)
+	if err != nil {
+		return s, connectFault(err)
+	}
+	defer closeSQL(conn)
+	if err := conn.QueryRow(ctx, roleSQL, role).Scan(&s.Itself, &s.Exists, &s.Replication); err != nil {
+		return s, FaultOf(fmt.Errorf("look for role: %w", err))
+	}
+	return s, nil
+}
+
+// Apply runs texts of SQL, each as it stands, one after the other on one connection, and tells
+// of each how it ended. It stops at the first that fails.
+func Apply(ctx context.Context, url string, texts []string, ended func(i int, err error)) error {
+	c, err := (&Config{URL: func() (string, error) { return url, nil }}).parse()
+	if err != nil {
+		return FaultOf(err)
+	}
+	conn, err := pgx.ConnectConfig(ctx, c)
+	if err != nil {
+		return connectFault(err)
+	}
+	defer closeSQL(conn)
+	for i, text := range texts {
+		_, err := conn.PgConn().Exec(ctx, text).ReadAll()
+		ended(i, err)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
