@@ -68,6 +68,19 @@ func (cfg *Config) connectSQL(ctx context.Context) (*pgx.Conn, error) {
 	return pgx.ConnectConfig(ctx, c)
 }
 
+// connectLong is connectSQL for what takes its time. Rows are read as they are, or not at all.
+func (cfg *Config) connectLong(ctx context.Context) (*pgx.Conn, error) {
+	c, err := cfg.parse()
+	if err != nil {
+		return nil, err
+	}
+	c.RuntimeParams["statement_timeout"] = "0"
+	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0"
+	c.RuntimeParams["lock_timeout"] = "10000"
+	c.RuntimeParams["row_security"] = "off"
+	return pgx.ConnectConfig(ctx, c)
+}
+
 // connectReplication opens a connection that takes replication commands. notice hears what
 // the server says beside the stream.
 func (cfg *Config) connectReplication(ctx context.Context, notice func(*pgconn.Notice)) (*pgconn.PgConn, error) {
@@ -76,6 +89,7 @@ func (cfg *Config) connectReplication(ctx context.Context, notice func(*pgconn.N
 		return nil, err
 	}
 	c.RuntimeParams["replication"] = "database"
+	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0" // a new slot's snapshot is held while rows are read under it
 	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { notice(n) }
 	return pgconn.ConnectConfig(ctx, &c.Config)
 }

@@ -18,9 +18,10 @@ type State string
 const (
 	Connecting State = "connecting" // on the way, or on the way back after a passing error
 	Streaming  State = "streaming"
-	Standby    State = "standby" // another process holds the slot
-	Waiting    State = "waiting" // something outside must be mended first
-	Lost       State = "lost"    // the slot is gone, invalid, or was moved by somebody else
+	Standby    State = "standby"    // another process holds the slot
+	Waiting    State = "waiting"    // something outside must be mended first
+	Recovering State = "recovering" // rows are read from their tables, for a slot that is new
+	Lost       State = "lost"       // the slot is gone, invalid, or was moved by somebody else; or rows were kept out of it
 )
 
 // Fault says why the stream does not run and what mends it. Everything a Fault names can be
@@ -32,6 +33,9 @@ type Fault struct {
 	Remedy string // what to do, usually SQL; may be empty
 	Config bool   // the configuration contradicts the database
 	Err    error
+
+	missed *missed // how what was missed is found; nil where nothing was, or nothing can be
+	gap    string  // what the book is to say of it; empty where the slot itself tells
 }
 
 // Cause is the reason with what the server or the network said, without the remedy.
@@ -124,9 +128,8 @@ func FaultOf(err error) *Fault {
 	case "53400":
 		f.Reason = "Postgres has no replication slot left"
 		f.Remedy = "raise max_replication_slots and restart Postgres, or drop a slot that nobody uses (select * from pg_replication_slots)"
-	case "42704": // undefined_object: the publication, in the stream's past
+	case codeNoPublication:
 		f.Reason = "the slot's WAL is from before the publication existed"
-		f.Remedy = "a slot cannot be read with a publication that was made or made again after it: events of that time are only in the outbox table; select pg_replication_slot_advance('<slot>', pg_current_wal_lsn()) goes on without them"
 	case "55000":
 		f.Reason = "Postgres refuses to stream"
 		if strings.Contains(pg.Message, "replication slot") {
@@ -147,6 +150,9 @@ func FaultOf(err error) *Fault {
 	}
 	return f
 }
+
+// codeNoPublication is undefined_object: in a stream it is the publication, in the stream's past.
+const codeNoPublication = "42704"
 
 const remedyWALLevel = "alter system set wal_level = logical; then restart Postgres (on a managed service: the parameter rds.logical_replication, cloudsql.logical_decoding or its like)"
 

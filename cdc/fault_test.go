@@ -38,7 +38,7 @@ func TestEveryErrorIsAFault(t *testing.T) {
 		{pg("42501", ""), Waiting, "a right is missing", true},
 		{pg("53300", ""), Waiting, "no connection left", true},
 		{pg("53400", ""), Waiting, "no replication slot left", true},
-		{pg("42704", `publication "p" does not exist`), Waiting, "before the publication existed", true},
+		{pg("42704", `publication "p" does not exist`), Waiting, "before the publication existed", false},
 		{pg("55000", `logical decoding requires "wal_level" >= "logical"`), Waiting, "wal_level is not logical", true},
 		{pg("55000", `can no longer access replication slot "a"`), Lost, "the slot is invalid", false},
 		{pg("55000", `cannot read from logical replication slot "a"`), Lost, "the slot is invalid", false},
@@ -56,7 +56,7 @@ func TestEveryErrorIsAFault(t *testing.T) {
 }
 
 func TestConfirmedOfNothingIsAtOnce(t *testing.T) {
-	s := New(Config{Logger: zap.NewNop()}, &sink{})
+	s := New(Config{Logger: zap.NewNop()}, &sink{}, &sink{})
 	require.NoError(t, s.Confirmed(t.Context()))
 }
 

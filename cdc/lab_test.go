@@ -174,7 +174,7 @@ func (l *lab) run(s *sink, change ...func(*Stream)) *running {
 		s.signal()
 		return nil
 	}))
-	r := &running{Stream: New(cfg, s), t: l.t, sink: s, ended: make(chan struct{}), logs: logs}
+	r := &running{Stream: New(cfg, s, s), t: l.t, sink: s, ended: make(chan struct{}), logs: logs}
 	for _, c := range change {
 		c(r.Stream)
 	}
@@ -246,6 +246,16 @@ func (r *running) untilReason(part string) *Fault {
 	return f
 }
 
+func (r *running) untilRemedy(part string) *Fault {
+	r.t.Helper()
+	var f *Fault
+	r.until("the remedy "+part, func() bool {
+		f = r.Status().Fault
+		return f != nil && strings.Contains(f.Remedy, part)
+	})
+	return f
+}
+
 func (r *running) untilRows(n int) {
 	r.t.Helper()
 	r.until(fmt.Sprintf("%d rows", n), func() bool { return r.sink.count() >= n })
@@ -277,25 +287,32 @@ func (g got) note() string { return g.values[len(g.values)-1] }
 
 // sink is a Sink that keeps what it is given, and its checkpoint in memory.
 type sink struct {
-	mu       sync.Mutex // guards what follows
-	stream   *Stream
-	changed  chan struct{}
-	rows     []got
-	ends     []LSN
-	idle     LSN
-	open     bool     // there were rows since the last commit
-	broken   []string // promises that Commit and Idle did not keep
-	sessions []Session
-	at       Resume
-	made     bool // the checkpoint exists
-	full     chan struct{}
-	confirms bool          // everything handed on is confirmed at once, once its transaction has ended
-	slow     time.Duration // from one row until there is room for the next
-	ready    time.Time
-	last     LSN // highest Confirm
+	mu        sync.Mutex // guards what follows
+	stream    *Stream
+	changed   chan struct{}
+	rows      []got
+	ends      []LSN
+	idle      LSN
+	open      bool     // there were rows since the last commit
+	broken    []string // promises that Commit and Idle did not keep
+	sessions  []Session
+	at        Resume
+	made      bool // the checkpoint exists
+	announced bool
+	gap       string
+	xmin      uint64
+	tables    map[string]uint32
+	filled    int // fills that were committed
+	proven    int // looks that found all well
+	full      chan struct{}
+	confirms  bool          // everything handed on is confirmed at once, once its transaction has ended
+	slow      time.Duration // from one row until there is room for the next
+	ready     time.Time
+	last      LSN // highest Confirm
 
 	// These are called without the lock.
 	onRow        func(n int) error
+	onFill       func(n int) error
 	onClaim      func(Session) error
 	onCheckpoint func() error
 	onResolve    func([]Found) error
@@ -326,16 +343,92 @@ func (s *sink) Resolve(tables []Found) error {
 	return nil
 }
 
-func (s *sink) Checkpoint(context.Context) (LSN, bool, error) {
+func (s *sink) Read(context.Context, string) (*Record, error) {
 	if s.onCheckpoint != nil {
 		if err := s.onCheckpoint(); err != nil {
-			return 0, false, err
+			return nil, err
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.at.LSN, !s.made, nil
+	switch {
+	case s.announced:
+		return &Record{}, nil
+	case !s.made:
+		return nil, nil
+	}
+	return &Record{LSN: s.at.LSN, Xmin: s.xmin, Proven: s.xmin, Gap: s.gap, Tables: s.tables}, nil
 }
+
+func (s *sink) Announce(context.Context, Session) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.announced = true
+	return nil
+}
+
+func (s *sink) Mark(_ context.Context, gap string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gap == "" {
+		s.gap = gap
+	}
+	s.signal()
+	return nil
+}
+
+func (s *sink) marked() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gap
+}
+
+func (s *sink) Proven(time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.proven++
+	s.signal()
+}
+
+func (s *sink) Leave(context.Context) {}
+
+func (s *sink) Fill(_ context.Context, session Session, xmin uint64) (Fill, error) {
+	return &fill{s: s, session: session, xmin: xmin}, nil
+}
+
+// fill keeps what it is given until Commit.
+type fill struct {
+	s       *sink
+	session Session
+	xmin    uint64
+	rows    []got
+}
+
+func (f *fill) Order(rel *Relation) string { return rel.Columns[0].Name }
+
+func (f *fill) Row(_ context.Context, r *Row) error {
+	if f.s.onFill != nil {
+		if err := f.s.onFill(len(f.rows) + 1); err != nil {
+			return err
+		}
+	}
+	f.rows = append(f.rows, gotOf(r))
+	return nil
+}
+
+func (f *fill) Commit(context.Context) error {
+	s := f.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rows = append(s.rows, f.rows...)
+	s.at, s.made, s.announced, s.gap = Resume{LSN: f.session.Slot.Confirmed}, true, false, ""
+	s.xmin, s.tables = f.xmin, f.session.Tables
+	s.filled++
+	s.signal()
+	return nil
+}
+
+func (f *fill) Abort() {}
 
 func (s *sink) Claim(_ context.Context, session Session) (Resume, error) {
 	if s.onClaim != nil {
@@ -348,6 +441,7 @@ func (s *sink) Claim(_ context.Context, session Session) (Resume, error) {
 	if !s.made {
 		s.at, s.made = Resume{LSN: session.Slot.Confirmed}, true
 	}
+	s.tables = session.Tables
 	s.sessions = append(s.sessions, session)
 	s.signal()
 	return s.at, nil
@@ -367,7 +461,7 @@ func (s *sink) Room() <-chan struct{} {
 	return nil
 }
 
-func (s *sink) Row(r *Row) error {
+func gotOf(r *Row) got {
 	g := got{Position: r.Position, at: r.CommitTime, prefix: r.Prefix}
 	if r.Relation != nil {
 		g.table = r.Relation.Schema + "." + r.Relation.Name
@@ -380,6 +474,11 @@ func (s *sink) Row(r *Row) error {
 	} else {
 		g.values = []string{string(r.Content)}
 	}
+	return g
+}
+
+func (s *sink) Row(r *Row) error {
+	g := gotOf(r)
 	if s.onRow != nil {
 		if err := s.onRow(s.count() + 1); err != nil {
 			return err

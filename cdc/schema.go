@@ -35,7 +35,7 @@ type Checkpointed struct {
 	Instance string
 	System   string
 	Database string
-	LSN      LSN
+	Record
 }
 
 const schemaSQL = `
@@ -60,9 +60,11 @@ const schemaVersionSQL = `
 select coalesce(max(version), 0)
 from walhook.schema_migrations`
 
+// What a migration to come brings is read where it is there already.
 const checkpointsSQL = `
-select slot, instance, system_identifier, database, lsn::text
-from walhook.checkpoints
+select slot, instance, system_identifier, database, lsn::text, coalesce(snap_xmin, 0)::text::bigint,
+       coalesce((to_jsonb(c) ->> 'proven_xmin')::bigint, 0), coalesce(to_jsonb(c) ->> 'gap', ''), to_jsonb(c) -> 'tables'
+from walhook.checkpoints c
 order by slot`
 
 const flushedSQL = `
@@ -110,7 +112,7 @@ func inspectSchema(ctx context.Context, conn *pgx.Conn) (*Schema, error) {
 		rows, _ := conn.Query(ctx, checkpointsSQL) // its error comes from CollectRows
 		sc.Checkpoints, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (c Checkpointed, err error) {
 			var at string
-			if err = r.Scan(&c.Slot, &c.Instance, &c.System, &c.Database, &at); err == nil {
+			if err = r.Scan(&c.Slot, &c.Instance, &c.System, &c.Database, &at, &c.Xmin, &c.Proven, &c.Gap, &c.Tables); err == nil {
 				c.LSN, err = ParseLSN(at)
 			}
 			return c, err

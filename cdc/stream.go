@@ -27,6 +27,10 @@ type Config struct {
 	Messages    bool // ask for logical messages too
 	Create      bool // create publication and slot where they are missing
 	Failover    bool // make the slot a failover slot where the server knows them (17 and later)
+	Snapshot    bool // the rows that are there before the slot are handed on too
+	Recover     Recovery
+	Once        Recovery // instead of Recover, for what the start finds
+	MaxRecovery int      // rows that RecoverMissed sends without a question
 	MaxStall    time.Duration
 	Logger      *zap.Logger
 }
@@ -37,7 +41,8 @@ type Session struct {
 	Timeline int32
 	Database string
 	Version  int
-	Slot     Slot // as it was just before
+	Slot     Slot              // as it was just before
+	Tables   map[string]uint32 // OIDs by the tables' names as SQL takes them
 }
 
 // Resume is where a session takes up the stream: rows of transactions whose commit record
@@ -53,9 +58,6 @@ type Sink interface {
 	// Resolve sees the tables as the catalogue has them, before the slot is taken. An error ends
 	// the attempt: a *Fault is reported as it is.
 	Resolve(tables []Found) error
-	// Checkpoint reads how far the slot was settled, without claiming it. first is true where no
-	// checkpoint exists, so that a missing slot may be created.
-	Checkpoint(ctx context.Context) (at LSN, first bool, err error)
 	// Claim makes us the holder. It is called once a session, when the server has given us the
 	// slot and before the first row.
 	Claim(ctx context.Context, s Session) (Resume, error)
@@ -70,6 +72,12 @@ type Sink interface {
 	Idle(at LSN)
 	// Touch says that the server was heard of just now.
 	Touch()
+	// Leave says that the slot is about to be let go for want of room: another instance may take
+	// it, so what is settled is to be written down first.
+	Leave(ctx context.Context)
+	// Fill takes rows that the stream will not bring, for a slot that begins at s.Slot. xmin is the
+	// oldest transaction id that may commit behind that.
+	Fill(ctx context.Context, s Session, xmin uint64) (Fill, error)
 }
 
 const (
@@ -81,6 +89,9 @@ const (
 	surveyInterval    = 30 * time.Second
 	openTimeout       = 30 * time.Second // of each step of a connect, but for the making of a slot
 	claimTimeout      = 10 * time.Second
+	// A walhook answers the server every 10 s at least, and one that has not heard from it for 15 s
+	// sends nothing.
+	frozenAfter = 20 * time.Second
 	// A server in fast shutdown asks for a reply in a tight loop until everything is confirmed;
 	// an ordinary one asks once per wal_sender_timeout.
 	shutdownAsks   = 20
@@ -91,6 +102,7 @@ const (
 type Stream struct {
 	cfg  Config
 	sink Sink
+	book Book
 	log  *zap.Logger
 
 	limits limits
@@ -120,10 +132,15 @@ type Stream struct {
 	streamed  bool      // a session has been through at least once
 	since     time.Time // when the last session began to stream; zero where it did not get there
 	pid       int32     // of the server's process behind our last connection
+	recovery  Recovery
+	cost      *cost  // of a recovery; nil: not counted
+	gap       string // why rows may be missing, as the book says or will say
+	garbled   bool   // the last session met a row that could not be read
+	holder    holder
 }
 
 // limits are the constants of the same purpose, but in tests.
-type limits struct{ silence, open, survey, backoff time.Duration }
+type limits struct{ silence, open, survey, backoff, frozen time.Duration }
 
 // confirmation is a position that the server may be told once the stream has passed proof.
 type confirmation struct{ at, proof LSN }
@@ -138,18 +155,22 @@ type Status struct {
 }
 
 // New makes a Stream that has not started.
-func New(cfg Config, sink Sink) *Stream {
+func New(cfg Config, sink Sink, book Book) *Stream {
+	recovery := cfg.Recover
+	if cfg.Once != RecoverAsk {
+		recovery = cfg.Once
+	}
 	return &Stream{
-		cfg: cfg, sink: sink, log: cfg.Logger.Named("cdc"),
-		limits:  limits{silence: maxSilence, open: openTimeout, survey: surveyInterval, backoff: maxBackoff},
+		cfg: cfg, sink: sink, book: book, recovery: recovery, log: cfg.Logger.Named("cdc"),
+		limits:  limits{silence: maxSilence, open: openTimeout, survey: surveyInterval, backoff: maxBackoff, frozen: frozenAfter},
 		drained: make(chan struct{}),
 		status:  Status{State: Connecting, Since: time.Now()},
 	}
 }
 
 // Run streams until ctx ends, then returns nil. It returns an error only where waiting cannot
-// help: ErrNewHistory, a Config fault before the first session, or what Claim and Row return
-// wrapped in Halt.
+// help: ErrNewHistory, ErrLost, a Config fault before the first session, or what Claim and Row
+// return wrapped in Halt.
 func (s *Stream) Run(ctx context.Context) error {
 	backoff := minBackoff
 	s.patience = s.limits.silence
@@ -178,6 +199,7 @@ func (s *Stream) Run(ctx context.Context) error {
 		switch {
 		case f.State == Standby:
 			wait = standbyPoll
+			s.watchHolder(ctx)
 		case errors.Is(err, errShutdown):
 			wait = max(wait, 2*time.Second) // to come back at once would hold up the shutdown again
 		case errors.Is(err, errStalled):
@@ -275,19 +297,31 @@ func (s *Stream) Confirmed(ctx context.Context) error {
 	}
 }
 
-// Lag asks the server how many bytes of WAL it has that we have not received.
-func (s *Stream) Lag(ctx context.Context) (int64, error) {
+// Lag is how the server's WAL stands to the slot, in bytes.
+type Lag struct {
+	Behind int64 // WAL that was written and not received
+	Safe   int64 // WAL that may still be written before the slot is lost; only where there is a Limit
+	Limit  int64 // max_slot_wal_keep_size; zero is none
+}
+
+const lagSQL = `
+select pg_wal_lsn_diff(pg_current_wal_lsn(), $2::text::pg_lsn)::bigint,
+       coalesce((select safe_wal_size from pg_replication_slots where slot_name = $1), 0),
+       greatest((select setting::bigint from pg_settings where name = 'max_slot_wal_keep_size'), 0) << 20`
+
+// Lag asks the server.
+func (s *Stream) Lag(ctx context.Context) (Lag, error) {
 	conn, err := s.cfg.connectSQL(ctx)
 	if err != nil {
-		return 0, redact(err)
+		return Lag{}, redact(err)
 	}
 	defer closeSQL(conn)
 	s.mu.Lock()
 	received := s.received
 	s.mu.Unlock()
-	var lag int64
-	if err := conn.QueryRow(ctx, "select pg_wal_lsn_diff(pg_current_wal_lsn(), $1::text::pg_lsn)::bigint", received.String()).Scan(&lag); err != nil {
-		return 0, fmt.Errorf("ask for the end of the WAL: %w", err)
+	var lag Lag
+	if err := conn.QueryRow(ctx, lagSQL, s.cfg.Slot, received.String()).Scan(&lag.Behind, &lag.Safe, &lag.Limit); err != nil {
+		return Lag{}, fmt.Errorf("ask for the end of the WAL: %w", err)
 	}
 	return lag, nil
 }
@@ -298,6 +332,9 @@ func (s *Stream) Received() LSN {
 	defer s.mu.Unlock()
 	return s.received
 }
+
+// Streamed tells, once Run has ended, whether it ever got to streaming.
+func (s *Stream) Streamed() bool { return s.streamed }
 
 // Status tells where the stream stands.
 func (s *Stream) Status() Status {
@@ -341,6 +378,8 @@ func (s *Stream) setStatus(state State, f *Fault) {
 		s.log.Info(string(state))
 	case state == Standby:
 		s.log.Info("standing by: another process holds the slot", zap.String("slot", s.cfg.Slot))
+	case state == Recovering:
+		s.log.Info("recovering: " + f.Reason)
 	case state == Connecting:
 		s.log.Warn("reconnecting: "+f.Reason, zap.Error(f.Err))
 	default:
@@ -378,11 +417,6 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		_ = conn.Conn().Close()
 	}()
 
-	// In this order: a holder that is at work moves first the WAL, then its checkpoint, then the slot.
-	at, first, err := s.sink.Checkpoint(open)
-	if err != nil {
-		return err
-	}
 	id, err := pglogrepl.IdentifySystem(open, conn)
 	if err != nil {
 		return fmt.Errorf("identify system: %w", err)
@@ -390,19 +424,43 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	if s.systemID != "" && (s.systemID != id.SystemID || s.timeline != id.Timeline) {
 		return ErrNewHistory
 	}
+	// In this order: a holder that is at work moves first the WAL, then its checkpoint, then the slot.
+	rec, err := s.book.Read(open, id.SystemID)
+	if err != nil {
+		return err
+	}
+	now, err := pglogrepl.IdentifySystem(open, conn)
+	if err != nil {
+		return fmt.Errorf("identify system: %w", err)
+	}
 	slot := sv.Slot
-	if slot == nil && !first {
+	if slot == nil && rec != nil && rec.LSN != 0 {
 		if err := s.lookAgain(open); err != nil {
 			return err
 		}
 	}
-	if f := sv.JudgeCheckpoint(&s.cfg, at, LSN(id.XLogPos), first); f != nil {
-		return f
-	}
-	if slot == nil {
-		if slot, err = s.createSlot(ctx, conn, sv); err != nil {
+	f := sv.Judge(&s.cfg, rec, LSN(now.XLogPos))
+	if f == nil && slot == nil && s.cfg.Snapshot {
+		rec = &Record{}
+		if err := s.book.Announce(open, Session{SystemID: id.SystemID, Database: sv.Database}); err != nil {
 			return err
 		}
+		f = sv.Judge(&s.cfg, rec, LSN(now.XLogPos))
+	}
+	switch {
+	case f != nil && f.missed != nil:
+		slot, err = s.recover(ctx, conn, id, sv, rec, f)
+	case f != nil:
+		err = f
+	case slot == nil:
+		slot, _, err = s.createSlot(ctx, conn, sv, false)
+	}
+	if err != nil {
+		return err
+	}
+	var at LSN
+	if rec != nil && f == nil {
+		at = rec.LSN
 	}
 	start := max(at, slot.Confirmed, s.end)
 	if start == 0 {
@@ -414,7 +472,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	s.pid = int32(conn.PID())
 	claimCtx, cancelClaim := context.WithTimeout(ctx, claimTimeout)
 	resume, err := s.sink.Claim(claimCtx, Session{
-		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot,
+		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(),
 	})
 	cancelClaim()
 	if err != nil {
@@ -432,8 +490,10 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	s.received = start
 	s.told = max(slot.Confirmed, s.told)
 	s.mu.Unlock()
-	s.streamed, s.since = true, time.Now()
+	s.streamed, s.since, s.holder = true, time.Now(), holder{}
+	s.recovery = s.cfg.Recover // an order is for what the start finds
 	s.setStatus(Streaming, nil)
+	s.book.Proven(sv.at)
 
 	watchCtx, stopWatch := context.WithCancel(ctx)
 	watched := make(chan error, 1)
@@ -447,7 +507,27 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	defer watching.Wait()
 	defer stopWatch()
 	r := &reader{s: s, conn: conn, interval: statusInterval(sv.SenderTimeout), resume: resume, notices: notices, watched: watched}
-	return r.run(ctx)
+	err = r.run(ctx)
+	var pg *pgconn.PgError
+	var fault *Fault
+	gap := ""
+	switch {
+	case errors.As(err, &pg) && pg.Code == codeNoPublication:
+		gap = "the slot's WAL is from before publication " + s.cfg.Publication + " existed, and cannot be read with it"
+	case errors.As(err, &fault):
+		gap = fault.gap
+	}
+	if gap != "" {
+		if markErr := s.mark(ctx, gap); markErr != nil {
+			s.log.Warn("it is written down before the next session", zap.Error(markErr))
+		}
+	}
+	if errors.Is(err, errStalled) {
+		leave, cancel := context.WithTimeout(ctx, s.cfg.MaxStall) // the socket is unread meanwhile
+		s.sink.Leave(leave)
+		cancel()
+	}
+	return err
 }
 
 // prepare looks at the catalogue, mends what may be mended, and says what stands in the way.
@@ -464,11 +544,30 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 		return nil, err
 	}
 	defer s.setSurvey(sv)
+	rec, err := s.book.Read(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	why := s.gap
+	if rec != nil && why == "" {
+		why = sv.Drift(&s.cfg, rec)
+	}
+	if why != "" && rec != nil && rec.Gap == "" {
+		if err := s.mark(ctx, why); err != nil {
+			return nil, err
+		}
+	}
 	if f := firstFault(sv.Findings(&s.cfg)); f != nil {
 		return nil, f
 	}
 	if err := s.sink.Resolve(sv.Tables); err != nil {
 		return nil, err
+	}
+	if s.garbled { // the table can be read again, but not what the WAL has of the time before
+		s.garbled = false
+		if err := s.mark(ctx, "rows in the WAL cannot be read as the outbox table was then"); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.publish(ctx, conn, sv); err != nil {
 		return nil, err
@@ -516,20 +615,6 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error 
 	if sv.Publication != nil && len(missing) == 0 {
 		return nil
 	}
-	if sv.Publication != nil && s.streamed && sv.Slot != nil {
-		return &Fault{
-			State:  Waiting,
-			Reason: "publication " + s.cfg.Publication + " no longer has " + strings.Join(missing, ", ") + " (was the table dropped and created again?): rows inserted since are in the table only",
-			Remedy: "alter publication " + quoteName(s.cfg.Publication) + " add table " + strings.Join(missing, ", "),
-		}
-	}
-	if sv.Publication == nil && sv.Slot != nil && s.streamed {
-		return &Fault{
-			State:  Lost,
-			Reason: "publication " + s.cfg.Publication + " is gone: the WAL since cannot be read through it",
-			Remedy: remedyLost(s.cfg.Slot),
-		}
-	}
 	sql := "create publication " + quoteName(s.cfg.Publication)
 	if len(missing) > 0 {
 		sql += " for table " + strings.Join(missing, ", ")
@@ -562,31 +647,15 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error 
 	return fmt.Errorf("publish: %w", err)
 }
 
-// judgeCheckpoint refuses a slot that does not belong to the checkpoint.
-func judgeCheckpoint(at LSN, first bool, slot *Slot, sv *Survey) error {
-	switch {
-	case first:
-		return nil
-	case at > sv.FlushLSN:
-		return &Fault{
-			State:  Lost,
-			Reason: fmt.Sprintf("the checkpoint is at %s, but the WAL of this server ends at %s: it is another history (a restored or promoted database)", at, sv.FlushLSN),
-			Remedy: remedyLost(slot.Name),
-		}
-	case slot.Confirmed > at:
-		return &Fault{
-			State:  Lost,
-			Reason: fmt.Sprintf("slot %s stands at %s, but we have settled only up to %s: somebody else read or advanced it, and events in between may be in the outbox table only", slot.Name, slot.Confirmed, at),
-			Remedy: fmt.Sprintf("to go on without them: update walhook.checkpoints set lsn = '%s', commit_lsn = null, ordinal = null where slot = '%s'", slot.Confirmed, slot.Name),
-		}
+// createSlot makes the slot. With export the new slot's snapshot may be taken over by another
+// session, until conn's next command.
+func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey, export bool) (slot *Slot, snapshot string, err error) {
+	action, option := "NOEXPORT_SNAPSHOT", "nothing"
+	if export {
+		action, option = "EXPORT_SNAPSHOT", "export"
 	}
-	return nil
-}
-
-func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey) (*Slot, error) {
-	action := "NOEXPORT_SNAPSHOT"
 	if sv.Version >= 170000 && s.cfg.Failover {
-		action = "(SNAPSHOT 'nothing', FAILOVER true)"
+		action = "(SNAPSHOT '" + option + "', FAILOVER true)"
 	}
 	// Postgres waits here for every transaction that writes; say for whom, rather than time out.
 	tell, done := context.WithCancel(ctx)
@@ -598,14 +667,14 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 	done()
 	telling.Wait()
 	if err != nil {
-		return nil, fmt.Errorf("create slot: %w", err)
+		return nil, "", fmt.Errorf("create slot: %w", err)
 	}
 	at, err := ParseLSN(res.ConsistentPoint)
 	if err != nil {
-		return nil, fmt.Errorf("create slot: %w", err)
+		return nil, "", fmt.Errorf("create slot: %w", err)
 	}
 	s.log.Info("created slot", zap.String("slot", s.cfg.Slot), zap.Stringer("lsn", at))
-	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Confirmed: at, Restart: at}, nil
+	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Confirmed: at, Restart: at}, res.SnapshotName, nil
 }
 
 // tellWait says for whom the walsender pid waits.
@@ -624,6 +693,47 @@ func (s *Stream) tellWait(ctx context.Context, pid uint32) {
 				Reason: "the new slot waits for the write transaction of pid " + pids + " to end",
 				Remedy: "wait, or see what it does: select * from pg_stat_activity where pid in (" + pids + ") (pid 0 is one of pg_prepared_xacts)",
 			})
+		}
+	}
+}
+
+// holder is who has the slot while we stand by.
+type holder struct {
+	pid   int32
+	reply time.Time // the last one that the server had of it, by the holder's clock
+	since time.Time // when we first saw that reply, by ours
+}
+
+const holderSQL = `
+select r.pid, coalesce(r.reply_time, r.backend_start)
+from pg_replication_slots s
+join pg_stat_replication r on r.pid = s.active_pid
+where s.slot_name = $1
+and r.application_name = current_setting('application_name')`
+
+// watchHolder ends the connection of another walhook that has the slot and is frozen or cut off: the
+// server would wait for it for wal_sender_timeout.
+func (s *Stream) watchHolder(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, s.limits.open)
+	defer cancel()
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return
+	}
+	defer closeSQL(conn)
+	var now holder
+	if err := conn.QueryRow(ctx, holderSQL, s.cfg.Slot).Scan(&now.pid, &now.reply); err != nil {
+		s.holder = holder{}
+		return
+	}
+	if now.pid != s.holder.pid || !now.reply.Equal(s.holder.reply) {
+		now.since = time.Now()
+		s.holder = now
+	}
+	if silent := time.Since(s.holder.since); silent > s.limits.frozen {
+		s.log.Warn("the holder of the slot does not answer the server: its connection is ended", zap.Int32("pid", now.pid), zap.Duration("silent", silent))
+		if _, err := conn.Exec(ctx, "select pg_terminate_backend($1)", now.pid); err != nil {
+			s.log.Warn("it could not be ended; the server does it after wal_sender_timeout", zap.Error(err))
 		}
 	}
 }
@@ -656,10 +766,7 @@ func statusInterval(senderTimeout time.Duration) time.Duration {
 // shows a fast shutdown, which ends ordinary sessions at once, but a walsender only when we
 // have read, and confirmed, all the WAL there is.
 func (s *Stream) watch(ctx context.Context, began *Survey) error {
-	oids := map[Table]uint32{}
-	for _, t := range began.Tables {
-		oids[t.Table] = t.OID
-	}
+	rec := &Record{Tables: began.tables()}
 	wait := time.Duration(0)
 	for sleep(ctx, wait) {
 		conn, err := s.cfg.connectSQL(ctx)
@@ -671,7 +778,7 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 			wait = s.limits.survey
 			continue
 		}
-		err = s.watchOn(ctx, conn, oids)
+		err = s.watchOn(ctx, conn, rec)
 		closeSQL(conn)
 		var f *Fault
 		if errors.As(err, &f) {
@@ -683,7 +790,7 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 }
 
 // watchOn returns when conn's session ends, or with a Fault.
-func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, oids map[Table]uint32) error {
+func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error {
 	for {
 		look, cancel := context.WithTimeout(ctx, s.limits.survey)
 		_, err := conn.WaitForNotification(look) // none ever comes
@@ -698,14 +805,13 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, oids map[Table]uin
 			return err
 		}
 		s.setSurvey(sv)
+		if why := sv.Drift(&s.cfg, rec); why != "" {
+			return &Fault{State: Lost, Reason: why + ": rows inserted since may be in the table only", gap: why}
+		}
 		if f := firstFault(sv.Findings(&s.cfg)); f != nil {
 			return f
 		}
-		for _, t := range sv.Tables {
-			if !t.Published || oids[t.Table] != t.OID {
-				return &Fault{State: Waiting, Reason: "table " + t.String() + " was dropped and created again, or left the publication: rows inserted since may be in the table only"}
-			}
-		}
+		s.book.Proven(sv.at)
 	}
 }
 
@@ -786,11 +892,8 @@ func (r *reader) fatal() error {
 	case err := <-r.watched:
 		return err
 	case n := <-r.notices:
-		return &Fault{
-			State:  Lost,
-			Reason: "publication " + r.s.cfg.Publication + " is gone, and Postgres skips its events (" + n.Message + ")",
-			Remedy: remedyLost(r.s.cfg.Slot),
-		}
+		gone := "publication " + r.s.cfg.Publication + " is gone, and Postgres skips its events"
+		return &Fault{State: Lost, Reason: gone + " (" + n.Message + ")", gap: gone}
 	default:
 		return nil
 	}
@@ -986,6 +1089,8 @@ func (r *reader) hand(ctx context.Context) error {
 		return nil
 	}
 	if err := s.sink.Row(&r.row); err != nil {
+		var f *Fault
+		s.garbled = errors.As(err, &f)
 		return err
 	}
 	s.high, s.open = at, true

@@ -49,6 +49,8 @@ type Survey struct {
 	Publication *Publication
 
 	Around *Around // nil but where Examine looked
+
+	at time.Time // when the look began
 }
 
 // Slot is a row of pg_replication_slots.
@@ -85,6 +87,7 @@ type Found struct {
 	Columns     []Column
 	Types       []string // of Columns, as format_type prints them
 	Published   bool
+	Listed      bool     // by itself, not with its schema or with all tables
 	RowFilter   string   // of the publication, Postgres 15 and later
 	Unpublished []string // columns that the publication leaves out, generated ones by default
 }
@@ -277,6 +280,7 @@ select c.oid, c.relkind::text, c.relpersistence = 'u',
        coalesce((select array_agg(format_type(a.atttypid, a.atttypmod) order by a.attnum) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped), '{}'),
        p.tablename is not null,
+       exists (select from pg_publication_rel r join pg_publication pub on pub.oid = r.prpubid where pub.pubname = $3 and r.prrelid = c.oid),
        coalesce(to_jsonb(p) ->> 'rowfilter', ''),
        coalesce((select array_agg(a.attname::text) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
@@ -288,7 +292,7 @@ left join pg_publication_tables p on p.pubname = $3 and p.schemaname = n.nspname
 where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p', 'v', 'm', 'f')`
 
 func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
-	s := &Survey{}
+	s := &Survey{at: time.Now()}
 	var flushed string
 	var timeout int64 // milliseconds
 	err := conn.QueryRow(ctx, surveySQL).Scan(&s.Version, &s.Database, &s.Role, &s.WALLevel, &s.Recovering, &s.ReadOnly,
@@ -317,7 +321,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		var types []uint32
 		var names []string
 		err := conn.QueryRow(ctx, tableSQL, t.Schema, t.Name, cfg.Publication).
-			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.RowFilter, &f.Unpublished)
+			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.Listed, &f.RowFilter, &f.Unpublished)
 		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 			return nil, fmt.Errorf("read table %s: %w", t, err)
 		}
@@ -588,12 +592,8 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 		bad("slot", &Fault{Reason: "slot " + slot.Name + " is one of " + what + ", not of pgoutput", Remedy: drop, Config: true})
 	case slot.Database != s.Database:
 		bad("slot", &Fault{Reason: "slot " + slot.Name + " belongs to database " + slot.Database + ", not to " + s.Database, Remedy: drop, Config: true})
-	case slot.WALStatus == "lost" || slot.Invalid != "":
-		why := slot.Invalid
-		if why == "" {
-			why = "its WAL was removed"
-		}
-		bad("slot", &Fault{State: Lost, Reason: "slot " + slot.Name + " is invalid (" + why + "): events since " + slot.Confirmed.String() + " may be in the outbox table only", Remedy: remedyLost(slot.Name)})
+	case !slot.usable():
+		bad("slot", lostSlot(slot, nil))
 	case slot.ActivePID != 0 && s.Around != nil && s.Around.Holder != s.Application:
 		warn("slot", fmt.Sprintf("slot %s is in use by pid %d, which calls itself %q and not %s", slot.Name, slot.ActivePID, s.Around.Holder, s.Application),
 			"where that is no walhook, events go to it and walhook only stands by: choose another cdc.slot")
@@ -614,39 +614,11 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 	}
 }
 
-// JudgeCheckpoint tells what keeps a start from taking up the stream at the checkpoint. flushed
-// is how far the WAL was flushed after the checkpoint had been read; first is true where there
-// is no checkpoint.
-func (s *Survey) JudgeCheckpoint(cfg *Config, at, flushed LSN, first bool) *Fault {
-	if s.Slot == nil {
-		if first {
-			return nil
-		}
-		return &Fault{
-			State:  Lost,
-			Reason: "slot " + cfg.Slot + " is gone, although a checkpoint at " + at.String() + " tells of it: events since may be in the outbox table only",
-			Remedy: remedyLost(cfg.Slot),
-		}
-	}
-	if slot := s.Slot; slot.Plugin != "pgoutput" || slot.Database != s.Database || slot.WALStatus == "lost" || slot.Invalid != "" {
-		return nil // its position means nothing; Findings says why
-	}
-	now := *s
-	now.FlushLSN = max(s.FlushLSN, flushed)
-	if err := judgeCheckpoint(at, first, s.Slot, &now); err != nil {
-		return FaultOf(err)
-	}
-	return nil
-}
-
-func remedyLost(slot string) string {
-	return fmt.Sprintf("to go on from now on, without what was missed: select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = '%s'; delete from walhook.checkpoints where slot = '%s'", slot, slot)
-}
-
-// firstFault is the obstacle that a start meets first.
+// firstFault is the obstacle that a start meets first. A slot that is lost is none yet: what
+// becomes of it is told by its record.
 func firstFault(findings []Finding) *Fault {
 	for _, f := range findings {
-		if f.Fault != nil {
+		if f.Fault != nil && f.Fault.State != Lost {
 			return f.Fault
 		}
 	}

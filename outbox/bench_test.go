@@ -91,15 +91,15 @@ func (s *rowsOf) Run(ctx context.Context) error {
 	return nil
 }
 
-func (s *rowsOf) Drain()                             {}
-func (s *rowsOf) Confirm(_, _ cdc.LSN)               {}
-func (s *rowsOf) Confirmed(context.Context) error    { return nil }
-func (s *rowsOf) Lag(context.Context) (int64, error) { return 0, nil }
+func (s *rowsOf) Drain()                               {}
+func (s *rowsOf) Confirm(_, _ cdc.LSN)                 {}
+func (s *rowsOf) Confirmed(context.Context) error      { return nil }
+func (s *rowsOf) Lag(context.Context) (cdc.Lag, error) { return cdc.Lag{}, nil }
 
 type noClaims struct{ *flaky }
 
-func (noClaims) Claim(context.Context, cdc.Session) (outbox.Checkpoint, error) {
-	return outbox.Checkpoint{LSN: 1}, nil
+func (noClaims) Claim(context.Context, cdc.Session) (outbox.Checkpoint, bool, error) {
+	return outbox.Checkpoint{LSN: 1}, true, nil
 }
 
 // BenchmarkRelayHotPath is rows in, attempts out; the network and the database are free.

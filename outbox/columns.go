@@ -328,6 +328,7 @@ func (e *SchemaError) Error() string { return e.Source + ": " + e.Problem + "\n"
 type Mapper struct {
 	sources  []*source
 	tables   map[[2]string]*source // by schema and name
+	oids     map[uint32]*source    // by the OIDs that the catalogue had for them
 	prefixes map[string]*source
 
 	plans map[*cdc.Relation]*plan
@@ -340,6 +341,7 @@ type Mapper struct {
 func NewMapper(sources []Source) (*Mapper, error) {
 	m := &Mapper{
 		tables:   make(map[[2]string]*source),
+		oids:     make(map[uint32]*source),
 		prefixes: make(map[string]*source),
 		plans:    make(map[*cdc.Relation]*plan),
 		types:    make(map[string]string),
@@ -458,10 +460,24 @@ const (
 // Resolve checks the source of a table, if there is one, against the table as it is now. Its
 // error is a *SchemaError. A relation that was not resolved before is when its first row comes.
 func (m *Mapper) Resolve(rel *cdc.Relation) error {
-	if p := m.resolve(rel); p.err != nil {
+	p := m.resolve(rel)
+	if p.err != nil {
 		return p.err
 	}
+	if p.source != nil {
+		m.oids[rel.OID] = p.source
+	}
 	return nil
+}
+
+// Serial is the column of integers that the ids of a table come from; empty where they come from
+// something else.
+func (m *Mapper) Serial(rel *cdc.Relation) string {
+	p := m.planOf(rel)
+	if id := p.parts[partID]; p.source != nil && p.err == nil && id.kind == fromColumn && isInteger(id.oid) {
+		return rel.Columns[id.column].Name
+	}
+	return ""
 }
 
 // Describe says in one line where the parts of the events come from, for people to check what
@@ -498,6 +514,9 @@ func (m *Mapper) planOf(rel *cdc.Relation) *plan {
 
 func (m *Mapper) resolve(rel *cdc.Relation) *plan {
 	p := &plan{relation: rel, source: m.tables[[2]string{rel.Schema, rel.Name}]}
+	if p.source == nil { // the rows of a table that was renamed still are that table's
+		p.source = m.oids[rel.OID]
+	}
 	if p.source != nil {
 		p.fill()
 	}

@@ -72,6 +72,7 @@ const (
 	ReasonBehindKey      Reason = "behind_key"      // an earlier event of its key is parked
 	ReasonBehindEndpoint Reason = "behind_endpoint" // earlier events of its endpoint are parked, or its lane is full
 	ReasonSlow           Reason = "slow"            // it held the watermark longer than spill_after
+	ReasonSnapshot       Reason = "snapshot"        // read from its table, as the slot did not bring it
 	ReasonShutdown       Reason = "shutdown"
 	ReasonMaxAge         Reason = "max_age"
 	ReasonTooLarge       Reason = "too_large"

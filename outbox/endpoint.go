@@ -122,6 +122,17 @@ type TLS struct {
 	MinVersion string // "1.2" or "1.3"
 }
 
+// orderKey is what orders an event at this endpoint.
+func (ep *Endpoint) orderKey(e *Event) string {
+	switch ep.Ordering {
+	case OrderAll:
+		return "*"
+	case OrderKey:
+		return e.Key
+	}
+	return ""
+}
+
 // DefaultEndpoint holds every setting at its default; URL and ID are the user's to give.
 func DefaultEndpoint() Endpoint {
 	return Endpoint{

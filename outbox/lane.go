@@ -200,17 +200,6 @@ func (l *Lane) recount(b Backlog) {
 	l.dueAt(b.NextDue)
 }
 
-// orderKey is what orders an event at this endpoint.
-func (l *Lane) orderKey(e *Event) string {
-	switch l.ep.Ordering {
-	case OrderAll:
-		return "*"
-	case OrderKey:
-		return e.Key
-	}
-	return ""
-}
-
 // add takes a new delivery. It never waits.
 func (l *Lane) add(e *Event, sp *span, now time.Time) {
 	l.mu.Lock()
@@ -221,7 +210,7 @@ func (l *Lane) add(e *Event, sp *span, now time.Time) {
 		l.relay.ledger.Release(sp, e)
 		return
 	}
-	it := &item{event: e, key: l.orderKey(e), span: sp, arrived: now}
+	it := &item{event: e, key: l.ep.orderKey(e), span: sp, arrived: now}
 	l.owed.push(it)
 	switch {
 	case l.state == draining && l.catching:

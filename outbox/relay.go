@@ -25,16 +25,16 @@ type Stream interface {
 	Confirm(at, proof cdc.LSN)
 	// Confirmed waits until the server shows what was last confirmed.
 	Confirmed(ctx context.Context) error
-	// Lag is how many bytes of WAL the server has written that were not received yet.
-	Lag(ctx context.Context) (int64, error)
+	// Lag asks the server how far it is ahead, and how much more it may write.
+	Lag(ctx context.Context) (cdc.Lag, error)
 }
 
 // Claims is the record of who holds the slot and how far it is settled.
 type Claims interface {
-	// Checkpoint reads the record; ok is false where there is none.
-	Checkpoint(ctx context.Context) (c Checkpoint, ok bool, err error)
-	// Claim makes us the holder and returns the record, new where there was none.
-	Claim(ctx context.Context, s cdc.Session) (Checkpoint, error)
+	// Claim makes us the holder and returns the record; first tells that there was none.
+	Claim(ctx context.Context, s cdc.Session) (c Checkpoint, first bool, err error)
+	// Fill begins to park rows for a new slot.
+	Fill(ctx context.Context, s cdc.Session, xmin uint64) (Filling, error)
 	// Alone tells whether no other slot has a record in this schema: what is parked for an endpoint
 	// that we do not know could be another walhook's.
 	Alone(ctx context.Context) (bool, error)
@@ -68,6 +68,8 @@ const (
 
 	recountEvery  = 30 * time.Second
 	overflowAfter = 16 << 20 // bytes by which the WAL may grow while the buffer is full
+	overflowLook  = 100 * time.Millisecond
+	heldBytes     = 8 << 20 // of WAL: from here on it is worth asking whether the slot is safe
 	maxRoutes     = 10_000
 	maxTold       = 1_000
 	buryAgain     = 5 * time.Second
@@ -94,14 +96,14 @@ type Relay struct {
 
 	changing sync.Mutex // one change of the endpoints at a time
 
-	mu       sync.Mutex // guards what follows
-	stopping bool       // nothing is sent for the first time any more
+	mu       sync.Mutex    // guards what follows
+	stopping bool          // nothing is sent for the first time any more
+	saver    *checkpointer // of Run
 	registry *Registry
 	lanes    map[string]*Lane
 	leaving  map[string]chan struct{} // endpoints that are gone, until what was parked for them is dead
 	routes   map[route][]*Lane
 	claimed  bool
-	fresh    bool               // there was no checkpoint before ours
 	opened   bool               // the lanes know what the store holds
 	backlog  map[string]Backlog // of lanes that do not exist yet
 	told     map[string]bool    // types that were said to be unwanted
@@ -139,22 +141,31 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 	work, stopWork := context.WithCancel(context.Background())
 	defer stopWork()
 	defer r.stopSend()
+	c := &checkpointer{r: r, src: src, turn: make(chan struct{}, 1)}
+	c.turn <- struct{}{}
+	r.mu.Lock()
+	r.saver = c
+	r.mu.Unlock()
 	g, work := errgroup.WithContext(work)
-	g.Go(func() error { return src.Run(work) })
-	g.Go(func() error { return r.journal.run(work) })
-	ticking, stopTicking := context.WithCancel(work)
-	defer stopTicking()
-	ticked := make(chan struct{})
+	lost := make(chan error, 1)
 	g.Go(func() error {
-		defer close(ticked)
-		return r.tick(ticking, work, src)
+		err := src.Run(work)
+		if errors.Is(err, cdc.ErrLost) { // what came before it is still good
+			lost <- err
+			return nil
+		}
+		return err
 	})
+	g.Go(func() error { return r.journal.run(work) })
+	g.Go(func() error { return r.tick(work, c) })
+	g.Go(func() error { return r.look(work, src) })
+	var missed error
 	select {
+	case missed = <-lost:
+		r.stop(work, src, c, grace)
+		stopWork()
 	case <-ctx.Done():
-		r.stop(work, src, grace, func() {
-			stopTicking()
-			<-ticked
-		})
+		r.stop(work, src, c, grace)
 		stopWork()
 	case <-work.Done():
 		r.closeLanes()
@@ -162,6 +173,9 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 		r.waitLanes(context.Background())
 	}
 	err := g.Wait()
+	if missed != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		return missed
+	}
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 		return nil
 	}
@@ -169,12 +183,16 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 }
 
 // stop ends the work in order. work outlives it.
-func (r *Relay) stop(work context.Context, src Stream, grace time.Duration, endTick func()) {
+func (r *Relay) stop(work context.Context, src Stream, c *checkpointer, grace time.Duration) {
 	r.log.Info("stopping", zap.Duration("grace", grace))
 	deadline, cancel := context.WithTimeout(work, grace)
 	defer cancel()
 	src.Drain()
 	r.closeLanes()
+	// Where the stream is down, another instance may take the slot before we are through.
+	if err := c.save(deadline, true); err != nil {
+		r.log.Warn("another instance has taken the slot", zap.Error(err))
+	}
 	r.waitLanes(deadline)
 	r.stopSend() // attempts that are still in flight are cut short and parked
 	r.waitLanes(work)
@@ -190,20 +208,16 @@ func (r *Relay) stop(work context.Context, src Stream, grace time.Duration, endT
 	if err := r.journal.flush(last); err != nil {
 		r.log.Error("not everything could be parked: some events will come again", zap.Error(r.journal.err()))
 	}
-	endTick() // a checkpoint of its own, under way, must not come behind the last one
-	low := r.ledger.Low()
-	proof, err := r.store.SaveCheckpoint(last, low)
-	if err != nil {
+	if err := c.end(last); err != nil {
 		r.log.Error("the last checkpoint could not be written: some events will come again", zap.Error(err))
 		return
 	}
-	src.Confirm(low.LSN, proof)
 	seen, cancelSeen := context.WithTimeout(last, 2*time.Second)
 	defer cancelSeen()
 	if err := src.Confirmed(seen); err != nil {
 		r.log.Debug("the slot was not seen to move; the checkpoint has it", zap.Error(err))
 	}
-	r.log.Info("stopped", zap.Stringer("lsn", low.LSN))
+	r.log.Info("stopped", zap.Stringer("lsn", r.ledger.Low().LSN))
 }
 
 func (r *Relay) closeLanes() {
@@ -242,30 +256,42 @@ func (r *Relay) allLanes() []*Lane {
 	return out
 }
 
-// tick does what time asks for until ctx ends: spilling, checkpoints, recounts. A checkpoint under
-// way is cut short only by the end of work.
-func (r *Relay) tick(ctx, work context.Context, src Stream) error {
+// tick does what time asks for: spilling and checkpoints.
+func (r *Relay) tick(ctx context.Context, c *checkpointer) error {
 	every := max(r.cfg.SpillAfter/10, 10*time.Millisecond)
 	spill := time.NewTicker(every)
 	defer spill.Stop()
 	save := time.NewTicker(checkpointEvery)
 	defer save.Stop()
-	recount := time.NewTicker(recountEvery)
-	defer recount.Stop()
-	c := checkpointer{r: r, src: src}
-	w := overflow{r: r, src: src}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-spill.C:
 			r.spill()
-			w.look(ctx)
 			r.wakeLapsed()
 		case <-save.C:
-			if err := c.save(work); err != nil {
+			if err := c.save(ctx, false); err != nil {
 				return err
 			}
+		}
+	}
+}
+
+// look asks the database, now and then, what tick must not wait for: how much WAL piles up, and
+// what is parked.
+func (r *Relay) look(ctx context.Context, src Stream) error {
+	every := time.NewTicker(overflowLook)
+	defer every.Stop()
+	recount := time.NewTicker(recountEvery)
+	defer recount.Stop()
+	w := overflow{r: r, src: src}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-every.C:
+			w.look(ctx)
 		case <-recount.C:
 			r.recount(ctx)
 		}
@@ -292,9 +318,9 @@ func (r *Relay) spill() {
 	}
 }
 
-// overflow watches a full buffer. While the machine is the limit it is right to read no faster
-// than we send; where the endpoints are, the WAL would pile up, and their deliveries have to go
-// the slow way.
+// overflow watches the WAL that the server keeps for us. While the machine is the limit it is
+// right to read no faster than we send; where the endpoints are, the WAL would pile up, and their
+// deliveries have to go the slow way. So they have where the slot nears what the server will keep for it.
 type overflow struct {
 	r     *Relay
 	src   Stream
@@ -303,6 +329,7 @@ type overflow struct {
 	looks int
 	least int64 // of the lag since the buffer filled up
 	armed bool
+	short bool // the slot is near its limit, and the log says so
 }
 
 func (o *overflow) look(ctx context.Context) {
@@ -321,18 +348,45 @@ func (o *overflow) look(ctx context.Context) {
 	o.next, o.full, o.looks = now.Add(time.Second), 0, 0
 	if !busy {
 		o.armed = false
+	}
+	if !busy && !o.short && o.r.ledger.Opened().LSN < o.r.ledger.Low().LSN+heldBytes {
 		return
 	}
-	lag, err := o.src.Lag(ctx)
+	ask, cancel := context.WithTimeout(ctx, 10*time.Second)
+	lag, err := o.src.Lag(ask)
+	cancel()
 	if err != nil {
 		return
 	}
-	if !o.armed || lag < o.least {
-		o.armed, o.least = true, lag
+	short := lag.Limit > 0 && lag.Safe < lag.Limit/2
+	if short != o.short {
+		if o.short = short; short {
+			o.r.log.Warn("the slot nears max_slot_wal_keep_size: everything in memory is parked, so that it can move",
+				zap.Int64("safe_wal_bytes", lag.Safe), zap.Int64("max_slot_wal_keep_bytes", lag.Limit))
+		} else {
+			o.r.log.Info("the slot is far from max_slot_wal_keep_size again", zap.Int64("safe_wal_bytes", lag.Safe))
+		}
+	}
+	if short {
+		for _, l := range o.r.allLanes() {
+			l.overflow()
+			l.spill(now)
+		}
 		return
 	}
-	if lag > o.least+overflowAfter {
-		o.r.log.Warn("the WAL grows faster than the endpoints take events: their deliveries go through walhook.deliveries", zap.Int64("lag_bytes", lag))
+	if !busy {
+		return
+	}
+	if !o.armed || lag.Behind < o.least {
+		o.armed, o.least = true, lag.Behind
+		return
+	}
+	after := int64(overflowAfter)
+	if lag.Limit > 0 {
+		after = min(after, lag.Limit/4)
+	}
+	if lag.Behind > o.least+after {
+		o.r.log.Warn("the WAL grows faster than the endpoints take events: their deliveries go through walhook.deliveries", zap.Int64("lag_bytes", lag.Behind))
 		for _, l := range o.r.allLanes() {
 			l.overflow()
 		}
@@ -343,8 +397,11 @@ func (o *overflow) look(ctx context.Context) {
 // checkpointer writes the watermark down, at most once a second and not at all while nothing
 // happens.
 type checkpointer struct {
-	r     *Relay
-	src   Stream
+	r   *Relay
+	src Stream
+
+	turn  chan struct{} // holds one: whoever took it may use what follows
+	ended bool       // the last one is written
 	saved Checkpoint
 	proof cdc.LSN // behind the commit that saved it
 	first cdc.LSN // proof of the first: the WAL ended below when we took the slot
@@ -353,12 +410,15 @@ type checkpointer struct {
 	failing bool // the last write failed, and the log says so
 }
 
-func (c *checkpointer) save(ctx context.Context) error {
+// save writes the watermark where there is reason to; where all is set, also for less.
+func (c *checkpointer) save(ctx context.Context, all bool) error {
+	<-c.turn
+	defer func() { c.turn <- struct{}{} }()
 	r := c.r
 	r.mu.Lock()
 	claimed := r.claimed
 	r.mu.Unlock()
-	if !claimed {
+	if !claimed || c.ended {
 		return nil
 	}
 	if c.first != 0 && !r.caught.Load() && r.ledger.Opened().LSN >= c.first {
@@ -370,13 +430,10 @@ func (c *checkpointer) save(ctx context.Context) error {
 		return nil
 	}
 	busy := low.Position != c.saved.Position || low.LSN > c.proof+quietBytes
-	if !busy && !c.busy {
+	if !busy && !c.busy && !all {
 		return nil
 	}
-	save, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	proof, err := r.store.SaveCheckpoint(save, low)
-	if err != nil {
+	if err := c.write(ctx, low); err != nil {
 		if errors.Is(err, ErrFenced) {
 			return err
 		}
@@ -390,12 +447,44 @@ func (c *checkpointer) save(ctx context.Context) error {
 		c.failing = false
 		r.log.Info("the checkpoint can be written again")
 	}
-	c.saved, c.proof, c.busy = low, proof, busy
+	c.busy = busy
+	return nil
+}
+
+func (c *checkpointer) write(ctx context.Context, low Checkpoint) error {
+	save, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	proof, err := c.r.store.SaveCheckpoint(save, low)
+	if err != nil {
+		return err
+	}
+	c.saved, c.proof = low, proof
 	if c.first == 0 {
 		c.first = proof
 	}
 	c.src.Confirm(low.LSN, proof)
 	return nil
+}
+
+// end writes the last checkpoint; none comes behind it.
+func (c *checkpointer) end(ctx context.Context) error {
+	<-c.turn
+	defer func() { c.turn <- struct{}{} }()
+	c.ended = true
+	return c.write(ctx, c.r.ledger.Low())
+}
+
+// Leave writes down what is settled, because the slot is about to be let go.
+func (r *Relay) Leave(ctx context.Context) {
+	r.mu.Lock()
+	c := r.saver
+	r.mu.Unlock()
+	if c == nil {
+		return
+	}
+	if err := c.save(ctx, true); err != nil {
+		r.log.Warn("another instance has taken the slot", zap.Error(err))
+	}
 }
 
 // recount compares what the lanes know with what the store holds.
@@ -602,21 +691,10 @@ func (r *Relay) Resolve(tables []cdc.Found) error {
 	return nil
 }
 
-// Checkpoint reads how far the slot is settled.
-func (r *Relay) Checkpoint(ctx context.Context) (cdc.LSN, bool, error) {
-	c, ok, err := r.cfg.Claims.Checkpoint(ctx)
-	if err == nil && !ok {
-		r.mu.Lock()
-		r.fresh = true
-		r.mu.Unlock()
-	}
-	return c.LSN, !ok, err
-}
-
 // Claim takes over as the holder of the slot. The first time it opens the lanes with what the
 // store holds for them, so that nothing of the stream overtakes what is parked.
 func (r *Relay) Claim(ctx context.Context, s cdc.Session) (cdc.Resume, error) {
-	c, err := r.cfg.Claims.Claim(ctx, s)
+	c, first, err := r.cfg.Claims.Claim(ctx, s)
 	if errors.Is(err, ErrFenced) {
 		return cdc.Resume{}, cdc.Halt(err)
 	}
@@ -627,7 +705,7 @@ func (r *Relay) Claim(ctx context.Context, s cdc.Session) (cdc.Resume, error) {
 	r.ledger.Reset(c)
 	r.mu.Lock()
 	opened := r.opened
-	if r.fresh && !r.claimed {
+	if first && !r.claimed {
 		r.caught.Store(true) // positions in the store, if any, are of another WAL
 	}
 	r.claimed = true

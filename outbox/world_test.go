@@ -725,10 +725,10 @@ func (s *stream) Confirm(at, _ cdc.LSN) {
 
 func (s *stream) Confirmed(context.Context) error { return nil }
 
-func (s *stream) Lag(context.Context) (int64, error) {
+func (s *stream) Lag(context.Context) (cdc.Lag, error) {
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
-	return int64(len(s.w.wal)-s.next) << 23, nil
+	return cdc.Lag{Behind: int64(len(s.w.wal)-s.next) << 23}, nil
 }
 
 // ---- the store, as one life sees it
@@ -922,20 +922,15 @@ func (s *flaky) SaveCheckpoint(ctx context.Context, c outbox.Checkpoint) (proof 
 	return proof, cmp.Or(err, saveErr)
 }
 
-// Checkpoint, Claim and SetStatus make it an outbox.Claims.
-func (s *flaky) Checkpoint(context.Context) (outbox.Checkpoint, bool, error) {
-	c, saves := s.w.store.Checkpoint()
-	return c, saves > 0, nil
-}
-
-func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, error) {
+// Claim, Fill, Alone and SetStatus make it an outbox.Claims.
+func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, bool, error) {
 	if err := s.lag(ctx, "claim"); err != nil {
-		return outbox.Checkpoint{}, err
+		return outbox.Checkpoint{}, false, err
 	}
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
 	if s.w.claimsFail {
-		return outbox.Checkpoint{}, errors.New("the slot cannot be claimed")
+		return outbox.Checkpoint{}, false, errors.New("the slot cannot be claimed")
 	}
 	c, _ := s.w.store.Checkpoint()
 	s.w.store.Claim()
@@ -943,7 +938,11 @@ func (s *flaky) Claim(ctx context.Context, _ cdc.Session) (outbox.Checkpoint, er
 	if c.LSN == 0 {
 		c.LSN = firstLSN
 	}
-	return c, nil
+	return c, false, nil
+}
+
+func (s *flaky) Fill(context.Context, cdc.Session, uint64) (outbox.Filling, error) {
+	return nil, errors.New("the model has no tables")
 }
 
 func (s *flaky) Alone(context.Context) (bool, error) { return true, nil }

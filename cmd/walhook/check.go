@@ -360,8 +360,7 @@ func checkCheckpoint(s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Con
 		system = sc.System
 	}
 	here := store.Identity{SystemIdentifier: system, Database: sc.Database, Instance: cfg.CDC.Instance}
-	first := true
-	var at cdc.LSN
+	var rec *cdc.Record
 	for _, c := range sc.Checkpoints {
 		stored := store.Identity{SystemIdentifier: c.System, Database: c.Database, Instance: c.Instance}
 		if here.SystemIdentifier == "" { // neither way tells: then nothing can be said about it
@@ -376,16 +375,21 @@ func checkCheckpoint(s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Con
 			}}
 		}
 		if c.Slot == cfg.CDC.Slot {
-			first, at = false, c.LSN
+			rec = &c.Record
 		}
 	}
-	if f := s.JudgeCheckpoint(stream, at, sc.FlushLSN, first); f != nil {
+	if rec != nil && rec.Gap == "" {
+		if why := s.Drift(stream, rec); why != "" {
+			rec.Gap = why
+		}
+	}
+	if f := s.Judge(stream, rec, sc.FlushLSN); f != nil {
 		return []result{faultResult("checkpoint", f)}
 	}
-	if first {
+	if rec == nil {
 		return []result{{Topic: "checkpoint", Grade: well, Text: "no checkpoint yet: the first start makes it"}}
 	}
-	return []result{{Topic: "checkpoint", Grade: well, Text: "checkpoint at " + at.String() + " of instance " + cfg.CDC.Instance}}
+	return []result{{Topic: "checkpoint", Grade: well, Text: "checkpoint at " + rec.LSN.String() + " of instance " + cfg.CDC.Instance}}
 }
 
 // checkEndpoint connects to an endpoint without sending anything.

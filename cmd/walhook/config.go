@@ -55,6 +55,9 @@ type CDC struct {
 	Publication string
 	Instance    string // of the checkpoint: a copy of the database has another one and sends nothing
 	Create      bool   // make slot and publication where they are missing
+	Snapshot    string // "initial": the rows that are there before the slot are sent too; or "never"
+	Recover     string // "auto": what a lost slot may have missed is sent again; "ask": once told to
+	MaxRecovery int    // rows that are sent again without a question
 	Failover    string // "auto": a failover slot on Postgres 17 and later
 }
 
@@ -86,6 +89,9 @@ func defaultConfig() *Config {
 			Publication: "walhook",
 			Instance:    "default",
 			Create:      true,
+			Snapshot:    "never",
+			Recover:     "ask",
+			MaxRecovery: 10_000,
 			Failover:    "auto",
 		},
 		Defaults: outbox.DefaultEndpoint(),
@@ -231,9 +237,13 @@ func (l *loader) cdc(v value, c *CDC) {
 		field{"publication", l.name(&c.Publication, func(s string) bool { return s != "" && len(s) <= 63 && !strings.ContainsRune(s, 0) }, "1 to 63 bytes")},
 		field{"instance", l.name(&c.Instance, endpointID.MatchString, endpointIDRule)},
 		field{"create", l.boolean(&c.Create)},
-		field{"snapshot", oneOfNow(l, new(string), []string{"never"}, "initial")},
-		field{"recover", oneOfNow(l, new(string), []string{"ask"}, "auto")},
+		field{"snapshot", oneOf(l, &c.Snapshot, "never", "initial")},
+		field{"recover", oneOf(l, &c.Recover, "ask", "auto")},
+		field{"max_recovery", l.integer(&c.MaxRecovery, 1, 1_000_000_000)},
 		field{"failover", oneOf(l, &c.Failover, "auto")})
+	if c.Snapshot == "initial" && !c.Create {
+		l.problem(v, "snapshot: initial needs a slot that walhook makes itself", "create: true, or snapshot: never")
+	}
 }
 
 // sources reads the outbox tables and message prefixes, and has them checked as far as that

@@ -55,7 +55,7 @@ func TestThreeLinesAreEnough(t *testing.T) {
 
 	require.Equal(t, "postgres://app@localhost/shop", c.Database.URL.Reveal())
 	require.Equal(t, c.Database.URL, c.Database.Replication())
-	require.Equal(t, CDC{Slot: "walhook", Publication: "walhook", Instance: "default", Create: true, Failover: "auto"}, c.CDC)
+	require.Equal(t, CDC{Slot: "walhook", Publication: "walhook", Instance: "default", Create: true, Snapshot: "never", Recover: "ask", MaxRecovery: 10_000, Failover: "auto"}, c.CDC)
 	require.Equal(t, []outbox.Source{{Table: "public.outbox"}}, c.Outbox)
 	require.Equal(t, Buffer{Events: 10000, Bytes: 64 << 20, SpillAfter: time.Second}, c.Buffer)
 	require.Equal(t, Server{Listen: ":8080"}, c.Server)

@@ -36,10 +36,16 @@ const (
 )
 
 func runCommand(o *options) *cobra.Command {
-	return &cobra.Command{
+	order := ""
+	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the sidecar",
+		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			once := cdc.Recovery(order)
+			if !slices.Contains([]cdc.Recovery{cdc.RecoverAsk, cdc.RecoverMissed, cdc.RecoverAll, cdc.RecoverNone}, once) {
+				return failed{fmt.Errorf("--recover=%s: want --recover (the rows that may have been missed), --recover=all (however many they are) or --recover=none (go on without them)", order), exitUsage}
+			}
 			cfg, err := o.load()
 			if err != nil {
 				return err
@@ -50,9 +56,14 @@ func runCommand(o *options) *cobra.Command {
 			}
 			defer func() { _ = log.Sync() }()
 			defer zap.RedirectStdLog(log)() // net/http speaks there of what receivers send unasked
-			return newSidecar(cfg, o, log).run(cmd.Context())
+			s := newSidecar(cfg, o, log)
+			s.once = once
+			return s.run(cmd.Context())
 		},
 	}
+	cmd.Flags().StringVar(&order, "recover", "", "where events may have been missed when it starts, send them again from the outbox: those that may have been `missed`, all, or none")
+	cmd.Flags().Lookup("recover").NoOptDefVal = string(cdc.RecoverMissed)
+	return cmd
 }
 
 func newLogger(c Log, w io.Writer) (*zap.Logger, error) {
@@ -77,6 +88,7 @@ func newLogger(c Log, w io.Writer) (*zap.Logger, error) {
 type sidecar struct {
 	opts *options
 	log  *zap.Logger
+	once cdc.Recovery // what the first pipeline is told to do about events that were missed
 
 	mu  sync.Mutex // guards what follows
 	cfg *Config
@@ -113,7 +125,7 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		s.mu.Lock()
 		cfg := s.cfg
 		s.mu.Unlock()
-		p, err := newPipeline(cfg, s.databaseURL, s.log)
+		p, err := newPipeline(cfg, s.once, s.databaseURL, s.log)
 		if err != nil {
 			return err
 		}
@@ -122,7 +134,13 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		s.mu.Unlock()
 		err = p.run(ctx)
 		p.close()
+		if p.stream.Streamed() {
+			s.once = cdc.RecoverAsk // an order is for what the start finds
+		}
 		switch {
+		case errors.Is(err, cdc.ErrLost) && ctx.Err() == nil:
+			s.log.Warn("starting again to recover", zap.Error(err))
+			continue
 		case ctx.Err() != nil && !errors.Is(err, cdc.ErrNewHistory) && !errors.Is(err, outbox.ErrFenced):
 			return err
 		case ctx.Err() != nil:
@@ -239,7 +257,7 @@ type pipeline struct {
 	endpoints []*outbox.Endpoint
 }
 
-func newPipeline(cfg *Config, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
+func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
 	p := &pipeline{log: log, reg: prometheus.NewRegistry(), endpoints: cfg.Endpoints}
 	mapper, err := outbox.NewMapper(cfg.Outbox)
 	if err != nil {
@@ -265,7 +283,9 @@ func newPipeline(cfg *Config, url func(replication bool) (string, error), log *z
 	if err != nil {
 		return nil, failed{err, exitUsage}
 	}
-	p.stream = cdc.New(streamConfig(cfg, func() (string, error) { return url(true) }, log), p.relay)
+	stream := streamConfig(cfg, func() (string, error) { return url(true) }, log)
+	stream.Once = once
+	p.stream = cdc.New(stream, p.relay, p.claims)
 	p.export()
 	return p, nil
 }
@@ -278,8 +298,13 @@ func streamConfig(cfg *Config, url func() (string, error), log *zap.Logger) cdc.
 		Publication: cfg.CDC.Publication,
 		Create:      cfg.CDC.Create,
 		Failover:    cfg.CDC.Failover == "auto",
+		Snapshot:    cfg.CDC.Snapshot == "initial",
+		MaxRecovery: cfg.CDC.MaxRecovery,
 		MaxStall:    cfg.Buffer.SpillAfter,
 		Logger:      log,
+	}
+	if cfg.CDC.Recover == "auto" {
+		c.Recover = cdc.RecoverMissed
 	}
 	for _, src := range cfg.Outbox {
 		if src.Messages != "" {
@@ -401,7 +426,7 @@ func (p *pipeline) export() {
 		}
 		return 0
 	})
-	p.reg.MustRegister(&walStatus{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	p.reg.MustRegister(&walStatus{p.stream}, &streamState{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // lag is how far the watermark is behind what was received, in bytes of WAL.
@@ -434,7 +459,25 @@ func (w *walStatus) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// claims gives the relay the record of who holds the slot.
+// streamState is 1 for the present state of the stream.
+type streamState struct{ stream *cdc.Stream }
+
+var streamStateDesc = prometheus.NewDesc("walhook_stream_state", "1 for the present state of the stream, as /readyz tells it. Worry at anything but streaming and standby that lasts; at lost, events may have been missed.", []string{"state"}, nil)
+
+func (s *streamState) Describe(ch chan<- *prometheus.Desc) { ch <- streamStateDesc }
+
+func (s *streamState) Collect(ch chan<- prometheus.Metric) {
+	present := s.stream.Status().State
+	for _, state := range []cdc.State{cdc.Connecting, cdc.Streaming, cdc.Standby, cdc.Waiting, cdc.Recovering, cdc.Lost} {
+		v := 0.0
+		if state == present {
+			v = 1
+		}
+		ch <- prometheus.MustNewConstMetric(streamStateDesc, prometheus.GaugeValue, v, string(state))
+	}
+}
+
+// claims gives the stream and the relay the record of who holds the slot and how far it is settled.
 type claims struct {
 	store *store.Store
 
@@ -442,34 +485,63 @@ type claims struct {
 	epoch int64      // of our last claim; zero before the first
 }
 
-func (c *claims) Checkpoint(ctx context.Context) (outbox.Checkpoint, bool, error) {
-	saved, ok, err := c.store.Checkpoint(ctx, "")
-	return saved.Checkpoint, ok, err
+// Read is the record as the stream needs it.
+func (c *claims) Read(ctx context.Context, systemID string) (*cdc.Record, error) {
+	saved, ok, err := c.store.Checkpoint(ctx, systemID)
+	if err != nil || !ok {
+		return nil, copyFault(err)
+	}
+	return &cdc.Record{LSN: saved.LSN, Xmin: saved.SnapXmin, Proven: saved.ProvenXmin, Gap: saved.Gap, Tables: saved.Tables}, nil
 }
+
+func (c *claims) Announce(ctx context.Context, s cdc.Session) error {
+	return copyFault(c.store.Announce(ctx, holder(s)))
+}
+
+func (c *claims) Mark(ctx context.Context, gap string) error { return c.store.SaveGap(ctx, gap) }
+
+func (c *claims) Proven(asOf time.Time) { c.store.Proven(asOf) }
 
 // Claim fails with ErrFenced where somebody else held the slot since our last claim: what is in
 // memory may have been sent by them.
-func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, error) {
+func (c *claims) Claim(ctx context.Context, s cdc.Session) (outbox.Checkpoint, bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	claimed, err := c.store.Claim(ctx, store.Holder{SystemIdentifier: s.SystemID, At: s.Slot.Confirmed})
-	var copied *store.CopyError
-	if errors.As(err, &copied) {
-		return outbox.Checkpoint{}, &cdc.Fault{
-			State:  cdc.Waiting,
-			Reason: "this database is a copy, or was restored: nothing is sent until it is adopted",
-			Err:    err,
-			Remedy: copied.AdoptSQL(),
-		}
-	}
+	claimed, err := c.store.Claim(ctx, holder(s))
 	if err != nil {
-		return outbox.Checkpoint{}, err
+		return outbox.Checkpoint{}, false, copyFault(err)
 	}
 	if c.epoch != 0 && claimed.Epoch != c.epoch {
-		return outbox.Checkpoint{}, outbox.ErrFenced
+		return outbox.Checkpoint{}, false, outbox.ErrFenced
 	}
 	c.epoch = claimed.Epoch
-	return claimed.Checkpoint, nil
+	return claimed.Checkpoint, claimed.First, nil
+}
+
+func (c *claims) Fill(ctx context.Context, s cdc.Session, xmin uint64) (outbox.Filling, error) {
+	f, err := c.store.Fill(ctx, holder(s), xmin)
+	if err != nil {
+		return nil, copyFault(err)
+	}
+	return f, nil
+}
+
+func holder(s cdc.Session) store.Holder {
+	return store.Holder{SystemIdentifier: s.SystemID, At: s.Slot.Confirmed, Tables: s.Tables}
+}
+
+// copyFault says what a copy of a database is to wait for.
+func copyFault(err error) error {
+	var copied *store.CopyError
+	if !errors.As(err, &copied) {
+		return err
+	}
+	return &cdc.Fault{
+		State:  cdc.Waiting,
+		Reason: "this database is a copy, or was restored: nothing is sent until it is adopted",
+		Err:    err,
+		Remedy: copied.AdoptSQL(),
+	}
 }
 
 func (c *claims) Alone(ctx context.Context) (bool, error) { return c.store.Alone(ctx) }
