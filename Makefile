@@ -16,10 +16,10 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-matrix torture fuzz bench lint lint-full fmt ci deps clean
+.PHONY: help demo build test test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt ci deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## the whole thing on a throwaway Postgres, about 35 s; ARGS=--exit=false goes on until Ctrl-C
 	@.ci/deps postgres || true
@@ -46,6 +46,39 @@ torture: ## kill everything at random and prove that nothing is lost (SEED=, MIN
 	@.ci/deps $(if $(RACE),cc) postgres
 	WALHOOK_TORTURE_SEED=$(SEED) WALHOOK_TORTURE_MINUTES=$(MINUTES) WALHOOK_TORTURE_KILLS=$(KILLS) CGO_ENABLED=$(if $(RACE),1,0) \
 		go test $(if $(RACE),-race) -run '^TestTorture$$' -count 1 -timeout 0 -v ./cmd/walhook
+
+# One fault, as often as TIMES says, in the world of the torture run. Each prints its figures as a line of JSON and as a
+# table. WALHOOK_TEST_PG_BIN chooses the Postgres.
+SOAK = @.ci/deps $(if $(RACE),cc) postgres && CGO_ENABLED=$(if $(RACE),1,0) go test $(if $(RACE),-race) -count 1 -timeout 0 -v ./cmd/walhook -run
+
+soak: export WALHOOK_SOAK = $(MINUTES)
+soak: export WALHOOK_TORTURE_SEED = $(SEED)
+soak: ## all faults but the end of one walhook process, in which nothing may grow (MINUTES=, SEED=)
+	$(SOAK) '^TestSoak$$'
+
+soak-stop: export WALHOOK_SOAK_STOP = $(or $(TIMES),100)
+soak-stop: ## SIGTERM under load, again and again: nothing comes twice (TIMES=)
+	$(SOAK) '^TestSoakStop$$'
+
+soak-transaction: export WALHOOK_SOAK_TRANSACTION = $(or $(ROWS),1000000)
+soak-transaction: ## a large transaction, killed five times on its way (ROWS=)
+	$(SOAK) '^TestSoakTransaction$$'
+
+soak-slot: export WALHOOK_SOAK_SLOT = $(or $(TIMES),50)
+soak-slot: ## the slot dropped under load, again and again: nothing is lost (TIMES=)
+	$(SOAK) '^TestSoakSlot$$'
+
+soak-failover: export WALHOOK_SOAK_FAILOVER = $(or $(TIMES),20)
+soak-failover: ## the primary killed and a standby promoted under load: nothing is lost (TIMES=)
+	$(SOAK) '^TestSoakFailover'
+
+soak-shutdown: export WALHOOK_SOAK_SHUTDOWN = $(or $(TIMES),20)
+soak-shutdown: ## Postgres stops and makes checkpoints while every receiver hangs: how soon (TIMES=)
+	$(SOAK) '^TestSoak(Shutdown|Checkpoint)$$'
+
+soak-takeover: export WALHOOK_SOAK_TAKEOVER = $(or $(TIMES),20)
+soak-takeover: ## the holder of the slot killed, stopped, frozen: how soon another has it (TIMES=)
+	$(SOAK) '^TestSoakTakeover$$'
 
 fuzz: ## every fuzz target for FUZZTIME
 	@grep -rl --include='*_test.go' '^func Fuzz' . | while read -r file; do \

@@ -132,9 +132,9 @@ type cost struct {
 	missed missed
 	at     time.Time
 	holds  time.Duration // for how long it is good enough: it reads whole tables
-	rows   int64 // -1: could not be counted
-	before int64 // rows of as many transactions before those
-	gone   bool  // rows were deleted from a table, so some that were missed may be gone
+	rows   int64         // -1: could not be counted
+	before int64         // rows of as many transactions before those
+	gone   bool          // rows were deleted from a table, so some that were missed may be gone
 	err    error
 }
 

@@ -401,7 +401,7 @@ type checkpointer struct {
 	src Stream
 
 	turn  chan struct{} // holds one: whoever took it may use what follows
-	ended bool       // the last one is written
+	ended bool          // the last one is written
 	saved Checkpoint
 	proof cdc.LSN // behind the commit that saved it
 	first cdc.LSN // proof of the first: the WAL ended below when we took the slot

@@ -243,6 +243,35 @@ func TestStandbyStreamsAndIsPromoted(t *testing.T) {
 	Exec(t, standby.URL(), "insert into a values (1002)")
 }
 
+// A logical slot goes with its database to the standby, and again to the standby's own.
+func TestFailoverSlotSurvivesPromotions(t *testing.T) {
+	server := New(t, Config{Settings: map[string]string{"autovacuum": "off"}})
+	version, err := server.Version(t.Context())
+	require.NoError(t, err)
+	if version < 170000 {
+		t.Skipf("Postgres %d has no failover slots", version/10000)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Second)
+	defer cancel()
+	Exec(t, server.URL(), "select pg_create_logical_replication_slot('s', 'pgoutput', failover => true)")
+	for range 2 {
+		standby, err := server.FailoverStandby(ctx, Config{})
+		require.NoError(t, err)
+		closeAfter(t, standby)
+		require.NoError(t, await(ctx, func() bool {
+			Exec(t, server.URL(), "select pg_log_standby_snapshot(); select pg_replication_slot_advance('s', pg_current_wal_lsn())")
+			ready, err := standby.FailoverReady(ctx, "s")
+			return err == nil && ready
+		}))
+		require.NoError(t, server.Close())
+		require.NoError(t, standby.Promote(ctx))
+		server = standby
+		left, err := server.query(ctx, "select count(*) from pg_replication_slots where slot_name = 's' and failover")
+		require.NoError(t, err)
+		require.Equal(t, "1", left)
+	}
+}
+
 // An installation in a place that the server's user cannot see, as a download in root's home.
 func TestInstallationOutOfReachIsCopied(t *testing.T) {
 	if os.Geteuid() != 0 {

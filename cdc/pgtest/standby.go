@@ -15,7 +15,8 @@ import (
 
 // Standby makes a physical hot standby of a running server, which streams from it through a
 // physical slot of its own: standby_1 for the first, standby_2 for the next. It has the
-// primary's settings, hot_standby_feedback, and then config's. The returned server answers
+// primary's settings, hot_standby_feedback, and then config's; what the primary waits for is not
+// among them, because none of it would be there after a promotion. The returned server answers
 // queries; the primary may be closed before or after it.
 func (s *Server) Standby(ctx context.Context, config Config) (*Server, error) {
 	ctx, cancel := bounded(ctx)
@@ -26,7 +27,10 @@ func (s *Server) Standby(ctx context.Context, config Config) (*Server, error) {
 	settings := maps.Clone(s.settings)
 	s.mu.Unlock()
 
+	delete(settings, "synchronized_standby_slots")
+	delete(settings, "synchronous_standby_names")
 	settings["hot_standby_feedback"] = "on"
+	settings["wal_retrieve_retry_interval"] = "200ms" // from 5 s: how soon it is back after a cut
 	settings["primary_conninfo"] = fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=postgres application_name=%s", s.port, slot)
 	settings["primary_slot_name"] = slot
 	maps.Copy(settings, config.Settings)
@@ -46,6 +50,48 @@ func (s *Server) Standby(ctx context.Context, config Config) (*Server, error) {
 		return nil, errors.Join(fmt.Errorf("start standby: %w", err), standby.Close())
 	}
 	return standby, nil
+}
+
+// FailoverStandby is Standby by the book for failover slots, which Postgres has from 17 on: the
+// standby keeps a copy of each of them, and the primary's logical walsenders send nothing that
+// the standby does not have. FailoverReady tells when a slot would survive.
+func (s *Server) FailoverStandby(ctx context.Context, config Config) (*Server, error) {
+	settings := map[string]string{"sync_replication_slots": "on"}
+	maps.Copy(settings, config.Settings)
+	config.Settings = settings
+	standby, err := s.Standby(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	standby.mu.Lock()
+	slot := standby.settings["primary_slot_name"]
+	standby.mu.Unlock()
+	if err := s.Set(ctx, map[string]string{"synchronized_standby_slots": slot}); err != nil {
+		return nil, errors.Join(fmt.Errorf("start standby: %w", err), standby.Close())
+	}
+	return standby, nil
+}
+
+// FailoverReady tells whether a logical slot would survive the promotion of this standby now. The
+// copy of a slot becomes lasting only when the primary's own has moved after the copy was made,
+// so: when its reader confirms something behind a pg_log_standby_snapshot(), which a server does
+// by itself every 15 s.
+func (s *Server) FailoverReady(ctx context.Context, slot string) (bool, error) {
+	n, err := s.query(ctx, "select count(*) from pg_replication_slots where slot_name = '"+slot+
+		"' and synced and not temporary and invalidation_reason is null")
+	if err != nil {
+		return false, fmt.Errorf("look for slot %s on the standby: %w", slot, err)
+	}
+	return n == "1", nil
+}
+
+// Version is server_version_num, 150018 for 15.18.
+func (s *Server) Version(ctx context.Context) (int, error) {
+	version, err := s.query(ctx, "show server_version_num")
+	if err != nil {
+		return 0, fmt.Errorf("ask for the version: %w", err)
+	}
+	return strconv.Atoi(version)
 }
 
 // copyTo takes a base backup by the functions of the manual's "Making a Base Backup Using the

@@ -235,6 +235,7 @@ func start(t *testing.T, config string) *program {
 	p.cmd = exec.Command(os.Args[0], "run", "--config", config)
 	p.cmd.Env = append(os.Environ(), "WALHOOK_TEST_AS_PROGRAM=1")
 	p.cmd.Stderr = p.log
+	p.cmd.SysProcAttr = dieWithUs()
 	require.NoError(t, p.cmd.Start())
 	t.Cleanup(func() {
 		if p.cmd.ProcessState == nil {

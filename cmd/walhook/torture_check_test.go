@@ -63,6 +63,9 @@ type witness struct {
 	ordering string // key, none, all
 	deadOn   []int
 	attempts int // after which a delivery is dead
+
+	concurrency int    // zero: as the seed has it
+	step        string // of the retry schedule; empty: as the seed has it
 }
 
 type history struct {
@@ -198,7 +201,7 @@ func (v *verdict) complete(h *history, e *witness, sightings []sighting) {
 		given := slices.ContainsFunc(sightings, func(s sighting) bool {
 			return s.id == d.id && s.status == d.status && (slices.Contains(e.deadOn, s.status) || s.attempt >= e.attempts)
 		})
-		if d.reason != "status" || !given {
+		if (d.reason != "status" || !given) && !h.exhausted(e, sightings, d) {
 			v.deaths = append(v.deaths, fmt.Sprintf("died: event %d is dead at %s (%s, %d), which the receiver does not explain", d.id, e.id, d.reason, d.status))
 		}
 	}
@@ -207,6 +210,14 @@ func (v *verdict) complete(h *history, e *witness, sightings []sighting) {
 			v.lost = append(v.lost, fmt.Sprintf("lost: event %d (key %s, number %d, type %s) never came to %s", r.id, r.key, r.number, r.kind, e.id))
 		}
 	}
+}
+
+// exhausted tells a delivery that the receiver has refused time and again, and whose last attempt,
+// by a spell of its own, it did not get at all.
+func (h *history) exhausted(e *witness, sightings []sighting, d deadRow) bool {
+	return d.reason != "status" && d.status == 0 &&
+		slices.ContainsFunc(sightings, func(s sighting) bool { return s.id == d.id && s.attempt >= e.attempts/2 }) &&
+		slices.ContainsFunc(h.harms, func(c harm) bool { return c.answers && c.endpoint == e.id })
 }
 
 // repetition: between a success and the next one of the same delivery somebody crashed, not long
@@ -237,12 +248,18 @@ func (v *verdict) repetition(h *history) {
 		case h.lostAnswer(before, s):
 			v.lostAnswers++
 		default:
+			// So that the figures show what a clean stop did, which must be nothing.
+			for i := range h.harms {
+				if c := &h.harms[i]; c.kind == string(dismiss) && c.from.After(before.at.Add(-repeatWindow)) && c.from.Before(s.at) {
+					counts[i]++
+				}
+			}
 			v.unexplained = append(v.unexplained, fmt.Sprintf("repeated: %s got event %d at %s (attempt %d) and again at %s (attempt %d)%s",
 				s.endpoint, s.id, h.clock(before.at), before.attempt, h.clock(s.at), s.attempt, h.around(before.at, s.at)))
 		}
 	}
 	for i, c := range h.harms {
-		if c.repeats {
+		if c.repeats || c.kind == string(dismiss) {
 			v.perHarm[c.kind] = append(v.perHarm[c.kind], counts[i])
 		}
 	}
@@ -256,15 +273,26 @@ func (h *history) cause(before, again *sighting) int {
 		if !c.repeats || !c.from.Before(again.at) || before.at.After(c.to.Add(late)) || before.at.Before(h.calm(c.from).Add(-repeatWindow)) {
 			continue
 		}
-		if best < 0 || c.sure() && !h.harms[best].sure() || c.sure() == h.harms[best].sure() && c.from.After(h.harms[best].from) {
+		if best < 0 || c.sure() > h.harms[best].sure() || c.sure() == h.harms[best].sure() && c.from.After(h.harms[best].from) {
 			best = i
 		}
 	}
 	return best
 }
 
-// sure tells a harm that leads to repeats; after the others there need be none.
-func (c *harm) sure() bool { return c.kind == string(murder) }
+// takenOver is the harm that explains a repeat where no other does.
+const takenOver = "takeover by the other"
+
+// sure is how surely a harm leads to repeats.
+func (c *harm) sure() int {
+	switch c.kind {
+	case string(murder):
+		return 2
+	case takenOver:
+		return 0
+	}
+	return 1
+}
 
 // calm is when, before t, the database was last well.
 func (h *history) calm(t time.Time) time.Time {
@@ -425,6 +453,15 @@ func TestTheJudgeFindsEachViolation(t *testing.T) {
 			h.sightings[0].status, h.sightings[0].attempt = 400, 3
 			h.dead = append(h.dead, deadRow{"keyed", 1, "status", 400})
 		}, "", 0},
+		"dead after a last attempt that did not arrive": {func(h *history) {
+			h.sightings[0].status, h.sightings[0].attempt = 400, 2
+			h.hurt(harm{kind: "refusing", answers: true, endpoint: "keyed"}, 0, time.Second)
+			h.dead = append(h.dead, deadRow{"keyed", 1, "connect", 0})
+		}, "", 0},
+		"dead without a last attempt": {func(h *history) {
+			h.sightings[0].status, h.sightings[0].attempt = 400, 2
+			h.dead = append(h.dead, deadRow{"keyed", 1, "connect", 0})
+		}, "died: event 1", 1},
 		"dead too early": {func(h *history) {
 			h.sightings[0].status, h.sightings[0].attempt = 400, 2
 			h.dead = append(h.dead, deadRow{"keyed", 1, "status", 400})

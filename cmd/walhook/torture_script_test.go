@@ -17,24 +17,27 @@ import (
 type act string
 
 const (
-	raise       act = "raise"       // start a walhook in the seat, where none lives
-	murder      act = "kill -9"     // of the walhook in the seat
-	dismiss     act = "SIGTERM"     // of the walhook in the seat
-	freeze      act = "SIGSTOP"     // of the walhook in the seat
-	thaw        act = "SIGCONT"     // of the walhook in the seat
-	crash       act = "crash"       // of Postgres: SIGKILL of all its processes
-	halt        act = "fast stop"   // of Postgres
+	raise       act = "raise"                   // start a walhook in the seat, where none lives
+	murder      act = "kill -9"                 // of the walhook in the seat
+	dismiss     act = "SIGTERM"                 // of the walhook in the seat
+	freeze      act = "SIGSTOP"                 // of the walhook in the seat
+	thaw        act = "SIGCONT"                 // of the walhook in the seat
+	crash       act = "Postgres crash"          // SIGKILL of all its processes
+	stun        act = "Postgres immediate stop" // as pg_ctl does it: recovery at the next start
+	halt        act = "Postgres fast stop"
 	revive      act = "start"       // of Postgres
+	failover    act = "failover"    // the primary is killed and the standby promoted, where there is one
 	behead      act = "walsender"   // pg_terminate_backend of walsenders
 	cut         act = "cut"         // reset connections to Postgres
 	blackhole   act = "black hole"  // nothing passes between walhook and Postgres
 	lag         act = "lag"         // everything between walhook and Postgres takes longer
 	pass        act = "pass"        // ends a black hole or lag
 	reconfigure act = "reconfigure" // the endpoints, by SIGHUP
+	rewrite     act = "rewrite"     // the endpoints, by the file alone
 )
 
 // kills are the acts that end a process.
-var kills = []act{murder, dismiss, crash, halt, behead}
+var kills = []act{murder, dismiss, crash, stun, halt, behead, failover}
 
 // deed is an act at its time.
 type deed struct {
@@ -60,6 +63,7 @@ const (
 	hanging  mood = "hanging"  // beyond every timeout
 	breaking mood = "breaking" // resets the connection
 	refusing mood = "refusing" // refuses connections
+	brisk    mood = "brisk"    // up to 50 ms
 	slow     mood = "slow"
 	flaky    mood = "flaky" // a little of all
 )
@@ -88,10 +92,23 @@ func (s *script) kills() (n int) {
 	return n
 }
 
-func (s *script) length() time.Duration { return s.steps[len(s.steps)-1].at }
+// length is zero for a world that plays no script.
+func (s *script) length() time.Duration {
+	if len(s.steps) == 0 {
+		return 0
+	}
+	return s.steps[len(s.steps)-1].at
+}
 
-// newScript makes a script of at least that length and that many kills.
-func newScript(seed uint64, length time.Duration, least int, receivers []string) *script {
+// hand is what the hand may do.
+type hand struct {
+	failovers bool // where Postgres can
+	spares    bool // the walhook in the first seat lives as long as the run
+}
+
+// newScript makes a script of at least that length and that many kills. What the hand may not do
+// is left out, and all else is the same.
+func newScript(seed uint64, length time.Duration, least int, may hand, receivers []string) *script {
 	r := rand.New(rand.NewPCG(seed, 1))
 	s := &script{
 		seed: seed, moods: map[string][]spell{},
@@ -112,6 +129,9 @@ func newScript(seed uint64, length time.Duration, least int, receivers []string)
 		again := at + between(r, 0, 700*time.Millisecond)
 		lines := [][]int{{0}, {1}, {0, 1}, {0, 1}}[r.IntN(4)]
 		switch p := r.IntN(100); {
+		case p < 42 && may.spares:
+			s.add(deed{at: at, act: []act{behead, cut}[p%2], lines: lines})
+			n++
 		case p < 30:
 			s.add(deed{at: at, act: murder, seat: 0}, deed{at: again, act: raise})
 			n++
@@ -127,7 +147,7 @@ func newScript(seed uint64, length time.Duration, least int, receivers []string)
 		case p < 58:
 			if at > up {
 				up = at + between(r, 100*time.Millisecond, time.Second)
-				s.add(deed{at: at, act: crash}, deed{at: up, act: revive})
+				s.add(deed{at: at, act: []act{crash, stun}[r.IntN(2)]}, deed{at: up, act: revive})
 				n++
 			}
 		case p < 64:
@@ -151,7 +171,13 @@ func newScript(seed uint64, length time.Duration, least int, receivers []string)
 			s.add(deed{at: at, act: lag, lines: lines, lag: between(r, 5*time.Millisecond, 80*time.Millisecond)},
 				deed{at: at + between(r, 500*time.Millisecond, 3*time.Second), act: pass, lines: lines})
 		case p < 95:
-			s.add(deed{at: at, act: reconfigure, seed: r.Uint64()})
+			s.add(deed{at: at, act: []act{reconfigure, rewrite}[r.IntN(2)], seed: r.Uint64()})
+		case p >= 98:
+			if may.failovers && at > up {
+				up = at + 4*time.Second // it is at least as long before it can happen again
+				s.add(deed{at: at, act: failover}, deed{at: up, act: revive})
+				n++
+			}
 		default:
 			// A second instance for a while, which is killed or stopped in the end.
 			end := at + between(r, 3*time.Second, 10*time.Second)
@@ -190,20 +216,26 @@ func between(r *rand.Rand, from, to time.Duration) time.Duration {
 func TestASeedRepeatsItsScript(t *testing.T) {
 	t.Parallel()
 	names := []string{"a", "b"}
-	one, same, other := newScript(7, time.Minute, 20, names), newScript(7, time.Minute, 20, names), newScript(8, time.Minute, 20, names)
+	one, same, other := newScript(7, time.Minute, 20, hand{failovers: true}, names), newScript(7, time.Minute, 20, hand{failovers: true}, names), newScript(8, time.Minute, 20, hand{failovers: true}, names)
 	require.Equal(t, one, same)
 	require.NotEqual(t, one.steps, other.steps)
 	require.GreaterOrEqual(t, one.kills(), 20)
 	require.GreaterOrEqual(t, one.length(), time.Minute)
 	seen := map[act]bool{}
-	for _, s := range newScript(1, 10*time.Minute, 0, names).steps {
+	for _, s := range newScript(1, 10*time.Minute, 0, hand{failovers: true}, names).steps {
 		seen[s.act] = true
 	}
 	var missing []string
-	for _, a := range []act{raise, murder, dismiss, freeze, thaw, crash, halt, revive, behead, cut, blackhole, lag, pass, reconfigure} {
+	for _, a := range []act{raise, murder, dismiss, freeze, thaw, crash, stun, halt, revive, behead, failover, cut, blackhole, lag, pass, reconfigure, rewrite} {
 		if !seen[a] {
 			missing = append(missing, string(a))
 		}
 	}
 	require.Empty(t, strings.Join(missing, ", "))
+	for _, s := range newScript(1, 10*time.Minute, 0, hand{}, names).steps {
+		require.NotEqual(t, failover, s.act)
+	}
+	for _, s := range newScript(1, 10*time.Minute, 0, hand{spares: true}, names).steps {
+		require.False(t, s.seat == 0 && (s.act == murder || s.act == dismiss), s)
+	}
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/walhook/walhook/cdc/pgtest"
 	"github.com/walhook/walhook/sender/sendertest"
 )
 
@@ -52,7 +53,7 @@ func mixed(seed uint64, about ...uint64) uint64 {
 // producer is a client of the database with keys of its own, so that the order of its numbers is
 // the order of its commits.
 type producer struct {
-	url    string
+	url    func() string
 	name   int
 	rng    *rand.Rand
 	every  time.Duration // a transaction
@@ -81,7 +82,7 @@ func (p *producer) run(ctx context.Context) {
 		}
 		if conn == nil || conn.IsClosed() {
 			var err error
-			if conn, err = pgx.Connect(ctx, p.url); err != nil {
+			if conn, err = pgx.Connect(ctx, p.url()); err != nil {
 				conn = nil
 				continue
 			}
@@ -268,6 +269,8 @@ func (p *patient) respond(q sendertest.Request) sendertest.Answer {
 		return p.keep(q, id, sendertest.Hang())
 	case breaking:
 		return p.keep(q, id, sendertest.Reset())
+	case brisk:
+		return sendertest.After(time.Duration(chance%50)*time.Millisecond, p.give(q, id, 200))
 	case slow:
 		return sendertest.After(time.Duration(chance%300)*time.Millisecond, p.give(q, id, 200))
 	case flaky:
@@ -336,6 +339,7 @@ func (p *patient) note(q sendertest.Request, id int64, status int) {
 	})
 	if status/100 == 2 {
 		p.done[id] = true
+		p.world.arrived.Add(1)
 	}
 }
 
@@ -346,9 +350,15 @@ func (p *patient) setting(seed uint64) string {
 	if p.ordering != "all" && concurrency == 1 {
 		concurrency = 32
 	}
+	if p.concurrency > 0 {
+		concurrency = p.concurrency
+	}
 	step := []string{"100ms", "200ms", "500ms"}[r.IntN(3)]
 	if p.forever {
 		step = "100ms"
+	}
+	if p.step != "" {
+		step = p.step
 	}
 	events := map[string]string{"all": `"ledger.*"`, "some": `"invoice.*"`}[map[bool]string{true: "all", false: "some"}[p.ordering == "all"]]
 	if p.wants(orderKind) {
@@ -364,7 +374,7 @@ func (p *patient) setting(seed uint64) string {
 // line is a TCP line to Postgres that can be cut, stopped and slowed down.
 type line struct {
 	ln     net.Listener
-	target string
+	target atomic.Pointer[string]
 	lag    atomic.Int64
 
 	mu    sync.Mutex // guards what follows
@@ -373,15 +383,21 @@ type line struct {
 	over  bool
 }
 
-func newLine(target string) (*line, error) {
+func newLine() (*line, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	l := &line{ln: ln, target: target, conns: map[net.Conn]bool{}, open: make(chan struct{})}
+	l := &line{ln: ln, conns: map[net.Conn]bool{}, open: make(chan struct{})}
 	close(l.open)
 	go l.serve()
 	return l, nil
+}
+
+// aim has new connections lead to a server.
+func (l *line) aim(s *pgtest.Server) {
+	target := net.JoinHostPort("127.0.0.1", strconv.Itoa(s.Port()))
+	l.target.Store(&target)
 }
 
 func (l *line) serve() {
@@ -396,7 +412,7 @@ func (l *line) serve() {
 
 func (l *line) join(near net.Conn) {
 	defer near.Close()
-	far, err := net.Dial("tcp", l.target)
+	far, err := net.Dial("tcp", *l.target.Load())
 	if err != nil {
 		return
 	}
@@ -491,6 +507,7 @@ func (l *line) close() {
 type victim struct {
 	cmd     *exec.Cmd
 	log     string // file
+	addr    string // of its metrics; empty until known. Only feel reads it
 	ended   chan struct{}
 	asked   atomic.Bool // to end
 	termAt  time.Time
@@ -509,6 +526,7 @@ func newVictim(log, config string) (*victim, error) {
 	v.cmd = exec.Command(os.Args[0], "run", "--config", config)
 	v.cmd.Env = append(os.Environ(), "WALHOOK_TEST_AS_PROGRAM=1")
 	v.cmd.Stderr = f // a file: no pipe that a frozen or dead process could block
+	v.cmd.SysProcAttr = dieWithUs()
 	if err := v.cmd.Start(); err != nil {
 		return nil, err
 	}
