@@ -462,6 +462,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	if rec != nil && f == nil {
 		at = rec.LSN
 	}
+	s.keepOnFailover(open, conn, sv, slot)
 	start := max(at, slot.Confirmed, s.end)
 	if start == 0 {
 		return &Fault{State: Connecting, Reason: "slot " + s.cfg.Slot + " is being made by somebody else"}
@@ -654,7 +655,7 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 	if export {
 		action, option = "EXPORT_SNAPSHOT", "export"
 	}
-	if sv.Version >= 170000 && s.cfg.Failover {
+	if sv.Version >= failoverVersion && s.cfg.Failover {
 		action = "(SNAPSHOT '" + option + "', FAILOVER true)"
 	}
 	// Postgres waits here for every transaction that writes; say for whom, rather than time out.
@@ -674,7 +675,7 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 		return nil, "", fmt.Errorf("create slot: %w", err)
 	}
 	s.log.Info("created slot", zap.String("slot", s.cfg.Slot), zap.Stringer("lsn", at))
-	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Confirmed: at, Restart: at}, res.SnapshotName, nil
+	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Failover: sv.Version >= failoverVersion && s.cfg.Failover, Confirmed: at, Restart: at}, res.SnapshotName, nil
 }
 
 // tellWait says for whom the walsender pid waits.
@@ -812,6 +813,9 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error
 			return f
 		}
 		s.book.Proven(sv.at)
+		if err := s.awaitStandby(ctx, conn, sv); err != nil {
+			return err
+		}
 	}
 }
 

@@ -27,20 +27,21 @@ func (t Table) String() string { return pgx.Identifier{t.Schema, t.Name}.Sanitiz
 // Survey is what one look at a database finds about everything the stream needs. The stream
 // and `walhook check` judge by the same Survey, so that they cannot disagree.
 type Survey struct {
-	Version     int // server_version_num, 150018
-	Database    string
-	Role        string
-	WALLevel    string
-	Recovering  bool
-	ReadOnly    bool
-	Replication bool   // the role may open replication connections
-	CreateDB    bool   // the role may create in the database
-	FlushLSN    LSN    // how far the WAL is flushed
-	KeepSize    int64  // max_slot_wal_keep_size in MB; -1 is no limit
-	SlotsFree   int    // of max_replication_slots
-	SendersFree int    // of max_wal_senders
-	SyncNames   string // synchronous_standby_names
-	Application string // application_name of our connections
+	Version      int // server_version_num, 150018
+	Database     string
+	Role         string
+	WALLevel     string
+	Recovering   bool
+	ReadOnly     bool
+	Replication  bool   // the role may open replication connections
+	CreateDB     bool   // the role may create in the database
+	FlushLSN     LSN    // how far the WAL is flushed
+	KeepSize     int64  // max_slot_wal_keep_size in MB; -1 is no limit
+	SlotsFree    int    // of max_replication_slots
+	SendersFree  int    // of max_wal_senders
+	SyncNames    string // synchronous_standby_names
+	StandbyNames string // synchronized_standby_slots, Postgres 17 and later
+	Application  string // application_name of our connections
 
 	SenderTimeout time.Duration // wal_sender_timeout; zero is none
 
@@ -61,7 +62,9 @@ type Slot struct {
 	ActivePID int32
 	WALStatus string // reserved, extended, unreserved, lost
 	Invalid   string // invalidation_reason, Postgres 17 and later
+	Failover  bool   // standbys take it over, Postgres 17 and later
 	Temporary bool
+	Wait      string // wait event of its walsender
 	Restart   LSN
 	Confirmed LSN
 	Retained  int64 // bytes of WAL that the slot keeps
@@ -106,6 +109,9 @@ type Around struct {
 	Blur        time.Duration // half of what asking for the clock took
 	Holder      string        // application_name of Slot.ActivePID
 	Greedy      []Slot        // other slots that keep more WAL than max_wal_size
+	Physical    []string      // slots of standbys
+	Attached    []string      // those of Physical that are in use
+	Standbys    []StandbyHost // among the hosts of the URL
 	Names       []Table       // of the tables there are, at most maxNames
 	IdleTimeout time.Duration // idle_replication_slot_timeout, Postgres 18 and later; zero is none
 	Encrypted   bool          // the connection is
@@ -144,6 +150,7 @@ func Examine(ctx context.Context, cfg *Config) (*Survey, error) {
 	if s.Around, err = lookAround(ctx, conn, s); err != nil {
 		return nil, FaultOf(err)
 	}
+	s.Around.Standbys = cfg.lookAtStandbys(ctx)
 	if s.Replication && s.SendersFree > 0 { // else it is clear what would become of it
 		s.Around.System, err = cfg.tryReplication(ctx)
 		if err != nil {
@@ -223,6 +230,9 @@ func lookAround(ctx context.Context, conn *pgx.Conn, s *Survey) (*Around, error)
 		return nil, fmt.Errorf("read other slots: %w", err)
 	}
 	a.Greedy = greedy
+	if err := a.readPhysical(ctx, conn); err != nil {
+		return nil, err
+	}
 	rows, _ = conn.Query(ctx, namesSQL, maxNames)
 	if a.Names, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Table]); err != nil {
 		return nil, fmt.Errorf("read names of tables: %w", err)
@@ -250,12 +260,14 @@ select current_setting('server_version_num')::int,
        current_setting('max_replication_slots')::int - (select count(*)::int from pg_replication_slots),
        current_setting('max_wal_senders')::int - (select count(*)::int from pg_stat_replication),
        current_setting('synchronous_standby_names'),
+       coalesce(current_setting('synchronized_standby_slots', true), ''),
        current_setting('application_name'),
        (select setting::bigint from pg_settings where name = 'wal_sender_timeout')`
 
 const slotSQL = `
 select slot_name, coalesce(plugin, ''), coalesce(database, ''), coalesce(active_pid, 0), coalesce(wal_status, ''),
-       coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), temporary,
+       coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), coalesce((to_jsonb(s) ->> 'failover')::bool, false), temporary,
+       coalesce((select a.wait_event from pg_stat_activity a where a.pid = s.active_pid), ''),
        coalesce(restart_lsn::text, '0/0'), coalesce(confirmed_flush_lsn::text, '0/0'),
        case when pg_is_in_recovery() then 0 else coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0) end::bigint
 from pg_replication_slots s
@@ -296,7 +308,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 	var flushed string
 	var timeout int64 // milliseconds
 	err := conn.QueryRow(ctx, surveySQL).Scan(&s.Version, &s.Database, &s.Role, &s.WALLevel, &s.Recovering, &s.ReadOnly,
-		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &s.Application, &timeout)
+		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &s.StandbyNames, &s.Application, &timeout)
 	if err != nil {
 		return nil, fmt.Errorf("survey: %w", err)
 	}
@@ -340,7 +352,7 @@ func readSlot(ctx context.Context, conn *pgx.Conn, name string) (*Slot, error) {
 	s := &Slot{}
 	var restart, confirmed string
 	err := conn.QueryRow(ctx, slotSQL, name).Scan(&s.Name, &s.Plugin, &s.Database, &s.ActivePID, &s.WALStatus,
-		&s.Invalid, &s.Temporary, &restart, &confirmed, &s.Retained)
+		&s.Invalid, &s.Failover, &s.Temporary, &s.Wait, &restart, &confirmed, &s.Retained)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil
 	}
@@ -432,6 +444,7 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 	}
 	if s.Around != nil {
 		s.judgeAround(warn)
+		s.judgeFailover(cfg, ok, warn)
 	}
 	return out
 }
