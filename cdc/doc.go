@@ -14,12 +14,15 @@
 //     room for that long, the connection is closed.
 //   - It never gives up and never guesses: what cannot go on is a Fault, with its cause and
 //     the SQL that mends it, and is tried again.
-//
-// It never creates a slot anew where a checkpoint tells that there was one.
+//   - A slot is made anew, where a record tells that there was one, only as a recovery: the rows
+//     that may have been missed are read from their tables under the new slot's snapshot, and
+//     taken together with the new position or not at all. The first snapshot is the same without a record.
 //
 //	connecting ─► streaming ─► connecting …  |  standby (another holds the slot)
-//	     │                                   |  waiting (something outside must be mended)
-//	     └───────────────────────────────────|  lost (the slot is gone, invalid or not ours)
+//	     │            ▲                      |  waiting (something outside must be mended)
+//	     ├─► recovering (rows from tables)   |
+//	     └────────────▲──────────────────────|  lost (the slot is gone, invalid or not ours,
+//	                  └──── told to recover ──     or rows were kept out of it)
 //
 // The messages and the commands are those of the Postgres documentation, chapters
 // "Streaming Replication Protocol" and "Logical Streaming Replication Protocol".
