@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/walhook/walhook/cdc"
@@ -238,7 +239,7 @@ func checkDatabase(ctx context.Context, cfg *Config) []result {
 	}
 	results = append(results, checkSchema(schema)...)
 	if survey != nil {
-		found := checkCheckpoint(survey, schema, cfg, &stream)
+		found := checkCheckpoint(ctx, survey, schema, cfg, &stream)
 		if survey.Slot == nil && found[0].Grade == broken { // then it will not be created
 			results = slices.DeleteFunc(results, func(r result) bool { return r.Topic == "slot" })
 		}
@@ -347,7 +348,7 @@ func checkSchema(sc *cdc.Schema) []result {
 
 // checkCheckpoint judges whose the checkpoints are as the store's claim would, and then, as the
 // stream would, whether ours belongs to the slot.
-func checkCheckpoint(s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Config) []result {
+func checkCheckpoint(ctx context.Context, s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Config) []result {
 	system := s.Around.System
 	switch {
 	case system != "" && sc.System != "" && system != sc.System, s.Database != sc.Database:
@@ -359,21 +360,17 @@ func checkCheckpoint(s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Con
 	case system == "":
 		system = sc.System
 	}
-	here := store.Identity{SystemIdentifier: system, Database: sc.Database, Instance: cfg.CDC.Instance}
+	if copied, err := findCopy(ctx, sc, cfg, system); err != nil {
+		return []result{faultResult("checkpoint", cdc.FaultOf(err))}
+	} else if copied != nil {
+		return []result{{
+			Topic: "checkpoint", Grade: broken,
+			Text:   fmt.Sprintf("this database is a copy, or was restored: the checkpoint of slot %s is of %s, but this is %s", copied.Slot, copied.Stored, copied.Here),
+			Remedy: "nothing is sent from here until you adopt it: " + copied.AdoptSQL(),
+		}}
+	}
 	var rec *cdc.Record
 	for _, c := range sc.Checkpoints {
-		stored := store.Identity{SystemIdentifier: c.System, Database: c.Database, Instance: c.Instance}
-		if here.SystemIdentifier == "" { // neither way tells: then nothing can be said about it
-			stored.SystemIdentifier = ""
-		}
-		if stored != here {
-			copied := store.CopyError{Slot: c.Slot, Stored: stored, Here: here}
-			return []result{{
-				Topic: "checkpoint", Grade: broken,
-				Text:   fmt.Sprintf("this database is a copy, or was restored: the checkpoint of slot %s is of %s, but this is %s", c.Slot, stored, here),
-				Remedy: "nothing is sent from here until you adopt it: " + copied.AdoptSQL(),
-			}}
-		}
 		if c.Slot == cfg.CDC.Slot {
 			rec = &c.Record
 		}
@@ -390,6 +387,26 @@ func checkCheckpoint(s *cdc.Survey, sc *cdc.Schema, cfg *Config, stream *cdc.Con
 		return []result{{Topic: "checkpoint", Grade: well, Text: "no checkpoint yet: the first start makes it"}}
 	}
 	return []result{{Topic: "checkpoint", Grade: well, Text: "checkpoint at " + rec.LSN.String() + " of instance " + cfg.CDC.Instance}}
+}
+
+// findCopy asks the store whether the checkpoints are another database's. A schema that is yet to
+// be migrated cannot be asked.
+func findCopy(ctx context.Context, sc *cdc.Schema, cfg *Config, system string) (*store.CopyError, error) {
+	if len(sc.Checkpoints) == 0 || sc.Version != store.SchemaVersion() {
+		return nil, nil
+	}
+	st, err := store.Open(ctx, store.Config{
+		URL: func() (string, error) { return cfg.Database.URL.Reveal(), nil }, Slot: cfg.CDC.Slot, Instance: cfg.CDC.Instance, Logger: zap.NewNop(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer st.Close()
+	var copied *store.CopyError
+	if _, _, err = st.Checkpoint(ctx, system); errors.As(err, &copied) {
+		return copied, nil
+	}
+	return nil, err
 }
 
 // checkEndpoint connects to an endpoint without sending anything.

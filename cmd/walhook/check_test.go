@@ -360,7 +360,7 @@ func TestCheckFindsBeforehand(t *testing.T) {
 				s.exec("select pg_create_logical_replication_slot('$slot', 'pgoutput')")
 				checkpoint(s, itself, "0/1")
 			},
-			code: 1, mark: "✗", topic: "checkpoint", text: "somebody else read or advanced it", remedy: "update walhook.checkpoints",
+			code: 1, mark: "✗", topic: "checkpoint", text: "somebody else read or advanced it", remedy: "--recover",
 		},
 		{
 			name: "checkpoint ahead of the WAL", given: func(s *site) {
