@@ -78,6 +78,7 @@ func (cfg *Config) connectLong(ctx context.Context) (*pgx.Conn, error) {
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0"
 	c.RuntimeParams["lock_timeout"] = "10000"
 	c.RuntimeParams["row_security"] = "off"
+	c.AfterConnect = takeBytes
 	return pgx.ConnectConfig(ctx, c)
 }
 
@@ -91,7 +92,18 @@ func (cfg *Config) connectReplication(ctx context.Context, notice func(*pgconn.N
 	c.RuntimeParams["replication"] = "database"
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0" // a new slot's snapshot is held while rows are read under it
 	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { notice(n) }
+	c.AfterConnect = takeBytes
 	return pgconn.ConnectConfig(ctx, &c.Config)
+}
+
+// takeBytes has rows of a database that checks no encoding come as they are. It may hold what is no
+// UTF-8, and would refuse to send such a row as that, for ever.
+func takeBytes(ctx context.Context, conn *pgconn.PgConn) error {
+	if conn.ParameterStatus("server_encoding") != "SQL_ASCII" {
+		return nil
+	}
+	_, err := conn.Exec(ctx, "set client_encoding to 'SQL_ASCII'").ReadAll()
+	return err
 }
 
 func closeSQL(conn *pgx.Conn) {

@@ -87,6 +87,11 @@ func FaultOf(err error) *Fault {
 		f.Remedy = "look for errors of the schema walhook in the log; where there are none, Postgres is too busy to take the parked deliveries"
 		f.Err = nil
 		return f
+	case errors.Is(err, errUnknownMessage), errors.Is(err, errUnknownRelation), errors.Is(err, errMalformed), errors.Is(err, errTruncated):
+		f.State = Waiting
+		f.Reason = "Postgres sent a message that this walhook cannot read, and that may hold rows"
+		f.Remedy = "use a walhook that knows this version of Postgres; nothing behind the message is confirmed meanwhile"
+		return f
 	}
 	var pg *pgconn.PgError
 	if !errors.As(err, &pg) {
@@ -139,10 +144,13 @@ func FaultOf(err error) *Fault {
 		if strings.Contains(pg.Message, "wal_level") {
 			f.Reason, f.Remedy = "wal_level is not logical", remedyWALLevel
 		}
+	case "22021", "22P05": // character_not_in_repertoire, untranslatable_character
+		f.Reason = "a row of the WAL holds characters that cannot be had as UTF-8"
+		f.Remedy = remedySkip
 	case "XX000":
 		f.Reason = "Postgres failed while decoding"
 		if strings.Contains(pg.Message, "memory alloc request") {
-			f.Remedy = "a row is too large to be streamed as text (over 1 GB); select pg_replication_slot_advance past its commit goes on without it"
+			f.Remedy = "a row is too large to be streamed as text (over 1 GB); " + remedySkip
 		}
 	default:
 		f.State = Connecting
@@ -153,6 +161,9 @@ func FaultOf(err error) *Fault {
 
 // codeNoPublication is undefined_object: in a stream it is the publication, in the stream's past.
 const codeNoPublication = "42704"
+
+// remedySkip leaves a row behind that can never be read.
+const remedySkip = "to go on without it, and without what committed before it and was not sent: with an LSN behind its commit, select pg_replication_slot_advance(<slot>, <lsn>); update walhook.checkpoints set lsn = <lsn>, commit_lsn = null, ordinal = null where slot = <slot>"
 
 const remedyWALLevel = "alter system set wal_level = logical; then restart Postgres (on a managed service: the parameter rds.logical_replication, cloudsql.logical_decoding or its like)"
 

@@ -280,7 +280,8 @@ where pubname = $1`
 
 // The publication's view of a table knows row filters and column lists from 15 on; to_jsonb
 // reads them where they are. A table published by way of its partition root is listed under
-// the root's name. Where no list of columns says so, generated ones are not published.
+// the root's name. Where no list of columns says so, generated ones are not published; before 18
+// they never are, although the view of 15 lists them.
 const tableSQL = `
 select c.oid, c.relkind::text, c.relpersistence = 'u',
        has_table_privilege(c.oid, 'select') and has_schema_privilege(n.oid, 'usage'),
@@ -296,7 +297,8 @@ select c.oid, c.relkind::text, c.relpersistence = 'u',
        coalesce(to_jsonb(p) ->> 'rowfilter', ''),
        coalesce((select array_agg(a.attname::text) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-                   and case when jsonb_typeof(to_jsonb(p) -> 'attnames') = 'array' then not to_jsonb(p) -> 'attnames' ? a.attname
+                   and case when a.attgenerated <> '' and current_setting('server_version_num')::int < 180000 then true
+                            when jsonb_typeof(to_jsonb(p) -> 'attnames') = 'array' then not to_jsonb(p) -> 'attnames' ? a.attname
                             else a.attgenerated <> '' end), '{}')
 from pg_class c
 join pg_namespace n on n.oid = c.relnamespace
