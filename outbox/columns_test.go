@@ -17,6 +17,7 @@ import (
 
 	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/cdc/pgtest"
+	"github.com/walhook/walhook/outbox/rule"
 )
 
 var committed = time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC)
@@ -640,6 +641,17 @@ func TestExpressionsAndConstants(t *testing.T) {
 	m := mapper(t, Source{Table: "outbox", Key: Column{Expr: `row.payload.k`}})
 	buried(t, m, rowOf(rel, "7", "a", "created", `{}`, null, null, null, null, null, null))
 	require.Empty(t, m.row)
+}
+
+// A row can make an expression cost more than any row is worth: it alone pays.
+func TestARowThatMakesAnExpressionTooExpensiveIsBuried(t *testing.T) {
+	rel := relation("outbox", "id bigint", "type text", "payload jsonb")
+	m := mapper(t, Source{Table: "outbox", Key: Column{Expr: `row.payload.all(a, row.payload.all(b, a + b >= 0)) ? 'all' : 'some'`}})
+	_, reason := buried(t, m, rowOf(rel, "7", "t", "["+strings.Repeat("1,", 3000)+"1]"))
+	require.Contains(t, reason, "key: the expression failed: "+rule.ErrTooExpensive.Error())
+	e, err := m.Map(rowOf(rel, "8", "t", "[1,2]"))
+	require.NoError(t, err)
+	require.Equal(t, "all", e.Key)
 }
 
 func TestUnmappableRowsAreBuriedWithAllThatCouldBeRead(t *testing.T) {

@@ -28,7 +28,7 @@ const (
 	Delivered Verdict = iota + 1 // the receiver has it
 	Retry                        // the attempt failed and was spent
 	Dead                         // no attempt will ever do better
-	Held                         // the circuit is open: nothing was sent, no attempt was spent
+	Held                         // the circuit is open, or this host short: nothing was sent, no attempt was spent
 	Cut                          // we ended the attempt ourselves: no attempt was spent
 )
 
@@ -67,6 +67,7 @@ const (
 // Why a delivery waits or died without an attempt that failed.
 const (
 	ReasonBreakerOpen    Reason = "breaker_open"
+	ReasonShortage       Reason = "shortage" // this host lacks descriptors, ports or memory
 	ReasonPaused         Reason = "paused"
 	ReasonRetryAfter     Reason = "retry_after"     // the receiver asked us to wait
 	ReasonBehindKey      Reason = "behind_key"      // an earlier event of its key is parked
@@ -90,7 +91,7 @@ type Outcome struct {
 	Detail  string // for people; holds no secret and no URL
 
 	RetryAfter time.Duration // what the receiver asked for; zero where it did not
-	Until      time.Time     // Held: when the circuit lets a probe through
+	Until      time.Time     // Held: when to ask again
 	Slow       bool          // the receiver asks for less: 429, 502, 503, 504
 	Gone       bool          // 410: the endpoint is to be disabled
 }

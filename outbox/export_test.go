@@ -7,6 +7,7 @@ type LaneView struct {
 	Ready, Queues, Blocked, Keys, Tail   int
 	Owed, Held, Ghosts, Pending, Waiting int
 	Loading                              bool
+	Parked                               int64 // by the lane's own count
 }
 
 // View looks into the lane of an endpoint; ok is false where there is none.
@@ -23,6 +24,7 @@ func (r *Relay) View(endpointID string) (v LaneView, ok bool) {
 		State: l.state.String(), Limit: l.limit, Inflight: l.inflight, Fresh: l.fresh, Loaded: l.loaded,
 		Ready: l.ready.len(), Queues: len(l.queues), Blocked: l.blocked, Keys: len(l.keys), Tail: len(l.tail),
 		Held: len(l.held), Ghosts: len(l.ghosts), Pending: int(l.parks - l.told), Loading: l.loading,
+		Parked: l.m.parked.n.Load(),
 	}
 	for it := l.owed.first; it != nil; it = it.next {
 		v.Owed++

@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"math/rand/v2"
 	"slices"
@@ -38,13 +39,14 @@ const (
 	duePage   = 256
 	shortPage = 32  // while the buffer is full
 	maxSkip   = 256 // blocked keys that a scan leaves out by name; others are passed over here
-	// maxBlockedKeys bounds the memory of a lane whose keys fail one by one: beyond it the
-	// endpoint counts as failing as a whole.
-	maxBlockedKeys = 50_000
-	maxRetryAfter  = 24 * time.Hour
-	loadBackoff    = 500 * time.Millisecond
-	recountSlack   = 5 * time.Second
-	overflowPause  = time.Minute
+	// A lane whose keys fail one by one remembers so many for each event that the buffer may
+	// hold, and at least minBlockedKeys. Beyond it the endpoint counts as failing as a whole.
+	blockedPerEvent = 5
+	minBlockedKeys  = 1000
+	maxRetryAfter   = 24 * time.Hour
+	loadBackoff     = 500 * time.Millisecond
+	recountSlack    = 5 * time.Second
+	overflowPause   = time.Minute
 )
 
 // itemState is where a delivery in memory stands.
@@ -66,6 +68,7 @@ type item struct {
 	arrived  time.Time
 	state    itemState
 	read     bool   // it was read back from the store
+	maybe    bool   // it came when the store may have had its row already, left by a crash
 	round    uint64 // flying: the lane's when it began
 	stored   bool   // it has a row in walhook.deliveries, or one on its way there
 	changes  int    // of its row, not yet committed
@@ -131,13 +134,23 @@ type Lane struct {
 	probing  bool      // draining: the first delivery is to be the oldest, due or not
 	keys     []*queue  // to be loaded
 	nextDue  time.Time // the soonest retry in the store; zero is none
+	doubts   []string  // keys that wait for a retry that may not be in the store
 	round    uint64    // counts clear, so that a load can tell that it is stale
 	ahead    bool      // a load met a row that the stream has not come to
-	surplus  int       // recounts in a row that found more than we know of
+	unseen   int       // recounts in a row that found rows while we waited for none
+	removed  int64     // counts rows that are to go, or to be dead
+	cleared  int64     // counts those of them that are committed
+	counted  tally     // of what recount is told next
 	gone     bool      // the endpoint was removed: nothing is parked for it any more
 
 	timer   *time.Timer
 	timerAt time.Time
+}
+
+// tally is what a count of the store surely shows: what was committed before it began.
+type tally struct {
+	told    uint64
+	cleared int64
 }
 
 // ghost is a delivery that has ended or was parked again while a load was under way.
@@ -172,12 +185,19 @@ func (l *Lane) open(b Backlog) {
 	}
 }
 
+// counting tells that the store is about to be counted.
+func (l *Lane) counting() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.counted = tally{l.told, l.cleared}
+}
+
 // recount takes up what the store says, which others may have changed: an operator may have
 // made a dead delivery parked again, or a retry due at once.
 func (l *Lane) recount(b Backlog) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	known := l.m.parked.Swap(b.Parked)
+	strange := l.compare(b.Parked)
 	l.m.dead.Store(b.Dead)
 	overdue := time.Now().Add(-recountSlack)
 	for _, q := range l.queues {
@@ -185,19 +205,35 @@ func (l *Lane) recount(b Backlog) {
 			l.want(q) // its row was changed under us, or is gone
 		}
 	}
-	if l.state != flowing || l.told < l.parks || b.Parked == 0 {
-		l.surplus = 0
-		return
+	if l.state != flowing || l.told < l.parks || b.Parked == 0 || l.blocked > 0 || !l.nextDue.IsZero() {
+		l.unseen = 0
+	} else {
+		l.unseen++
 	}
-	if l.surplus++; b.Parked <= known && (l.blocked > 0 || !l.nextDue.IsZero()) {
-		l.surplus = 0
-	}
-	if l.surplus > 1 {
-		l.surplus = 0
+	if l.state == flowing && (strange > 0 || l.unseen > 1) {
+		l.unseen = 0
+		l.log.Info("draining: walhook.deliveries has rows that somebody else made parked")
 		l.drain(l.limit)
-		return
 	}
-	l.dueAt(b.NextDue)
+	if l.state == flowing {
+		l.dueAt(b.NextDue)
+	}
+}
+
+// compare tells how many rows were counted that are none of ours, and counts them from now on.
+// What was on its way when the store was counted may have been counted or not. While draining,
+// rows that the drain has passed are left for the next recount.
+func (l *Lane) compare(parked int64) (strange int64) {
+	own := l.m.parked.n.Load()
+	most, least := own+l.removed-l.counted.cleared, own-int64(l.parks-l.counted.told)
+	switch {
+	case parked < least:
+		l.m.parked.Add(parked - least) // some were removed, or were there already when we parked them
+	case parked > most && l.state != draining:
+		strange = parked - most
+		l.m.parked.Add(strange)
+	}
+	return strange
 }
 
 // add takes a new delivery. It never waits.
@@ -210,7 +246,7 @@ func (l *Lane) add(e *Event, sp *span, now time.Time) {
 		l.relay.ledger.Release(sp, e)
 		return
 	}
-	it := &item{event: e, key: l.ep.orderKey(e), span: sp, arrived: now}
+	it := &item{event: e, key: l.ep.orderKey(e), span: sp, arrived: now, maybe: !l.relay.caught.Load()}
 	l.owed.push(it)
 	switch {
 	case l.state == draining && l.catching:
@@ -346,6 +382,18 @@ func (l *Lane) put(it *item, c Change, done func()) {
 	})
 }
 
+// uncount is put for a row that is parked no more.
+func (l *Lane) uncount(it *item, c Change, done func()) {
+	l.m.parked.Add(-1)
+	l.removed++
+	l.put(it, c, func() {
+		l.cleared++
+		if done != nil {
+			done()
+		}
+	})
+}
+
 // leave ends memory's part in a delivery, once its changes are committed: it is over, or left
 // to the store.
 func (l *Lane) leave(it *item, to itemState) {
@@ -466,11 +514,11 @@ func (l *Lane) ended(it *item, out Outcome) {
 	case Delivered:
 		l.delivered(it, now)
 	case Held:
-		l.again(it, Change{State: StateParked, Reason: ReasonBreakerOpen})
+		l.again(it, Change{State: StateParked, Reason: cmp.Or(out.Reason, ReasonBreakerOpen)})
 		if !out.Until.After(now) {
 			out.Until = now.Add(loadBackoff)
 		}
-		l.pause(ReasonBreakerOpen, out.Until)
+		l.pause(cmp.Or(out.Reason, ReasonBreakerOpen), out.Until)
 	case Cut:
 		c := Change{State: StateParked, Reason: ReasonShutdown}
 		if l.state != closed {
@@ -496,8 +544,7 @@ func (l *Lane) delivered(it *item, now time.Time) {
 	l.m.delivered.Inc()
 	l.relay.metrics.latency.Observe(now.Sub(it.event.Commit).Seconds())
 	if it.stored {
-		l.m.parked.Add(-1)
-		l.put(it, Change{State: StateGone}, nil)
+		l.uncount(it, Change{State: StateGone}, nil)
 	} else {
 		l.relay.ledger.Settle(it.span)
 	}
@@ -531,7 +578,7 @@ func (l *Lane) failed(it *item, out Outcome, now time.Time) {
 		l.relay.disable(l.ep, "it has failed for "+l.ep.DisableAfter.String())
 	case asked > 0 && (out.Status == 429 || out.Status == 503):
 		l.pause(ReasonRetryAfter, now.Add(asked))
-	case l.blocked > maxBlockedKeys && l.state == flowing:
+	case l.blocked > max(minBlockedKeys, blockedPerEvent*l.relay.cfg.MaxEvents) && l.state == flowing:
 		l.pause(ReasonBehindEndpoint, now.Add(overflowPause))
 	}
 }
@@ -542,6 +589,9 @@ func (l *Lane) again(it *item, c Change) {
 		l.put(it, c, nil)
 	} else {
 		l.insert(it, c, nil)
+		if it.maybe && it.key != "" {
+			l.doubts = append(l.doubts, it.key)
+		}
 	}
 	if it.key != "" {
 		q := l.queue(it.key)
@@ -584,8 +634,7 @@ func (l *Lane) bury(it *item, out Outcome) {
 	}
 	c := Change{State: StateDead, Reason: out.Reason, Status: out.Status, Detail: out.Detail}
 	if it.stored {
-		l.m.parked.Add(-1)
-		l.put(it, c, done)
+		l.uncount(it, c, done)
 		return
 	}
 	l.insert(it, c, nil)
@@ -1075,6 +1124,7 @@ func (l *Lane) loadDue(limit int, maxBytes int64) job {
 				for _, row := range loose {
 					news = l.take(row) || news
 				}
+				l.settleDoubts(now)
 				if !news && !next.IsZero() && !next.After(now) {
 					next = now.Add(loadBackoff) // more are due, but those are all in memory
 				}
@@ -1082,6 +1132,21 @@ func (l *Lane) loadDue(limit int, maxBytes int64) job {
 			l.dueAt(next)
 		}, err
 	}
+}
+
+// settleDoubts reads the keys whose time has come although no row of them may be due: a row that
+// a crash left in the store stays as it is when we park it again, and may be dead.
+func (l *Lane) settleDoubts(now time.Time) {
+	l.doubts = slices.DeleteFunc(l.doubts, func(key string) bool {
+		q := l.queues[key]
+		if q != nil && q.blocked && q.due.After(now) {
+			return false
+		}
+		if q != nil {
+			l.wantNext(q)
+		}
+		return true
+	})
 }
 
 // take puts a row that was read back into memory. It tells false where memory knows better.

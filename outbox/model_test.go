@@ -267,8 +267,6 @@ func run(p plan) ([]string, error) {
 	w.set(func() {
 		w.writesFail, w.answersLost, w.readsFail, w.savesFail, w.silent = false, false, false, false, false
 		delay = min(delay, 30*time.Millisecond)
-		// What died, and came again after a crash, and then failed, blocks its key until a recount.
-		w.countsFail = w.countsFail && w.crashes == 0
 		for _, r := range w.receivers {
 			r.answer = ok
 		}

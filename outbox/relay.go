@@ -497,6 +497,9 @@ func (r *Relay) recount(ctx context.Context) {
 	}
 	read, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
+	for _, l := range r.allLanes() {
+		l.counting()
+	}
 	backlogs, err := r.store.Backlogs(read)
 	if err != nil {
 		return
@@ -819,7 +822,7 @@ func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
 	r.metrics.unmappable.Inc()
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, 1, now)
-	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: clip(why.Reason)}
+	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: why.Reason}
 	r.journal.put(c, func() {
 		r.ledger.Settle(sp)
 		r.ledger.Release(sp, ev)
