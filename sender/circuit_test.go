@@ -344,6 +344,23 @@ func TestAnEndpointWithAForgottenIDIsAStranger(t *testing.T) {
 	require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/")).Verdict)
 }
 
+// FAULTS 113: gobreaker's State() would make an open circuit half-open, and say so, when it is looked at.
+func TestAScrapeMovesNoCircuit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := setup(t, script(500))
+		for range 5 {
+			b.send(endpoint("https://x.example/"))
+		}
+		pass(time.Hour)
+		for range 3 {
+			_, err := b.registry.Gather()
+			require.NoError(t, err)
+		}
+		require.EqualValues(t, Open, gauge(b, "billing"))
+		require.Equal(t, []string{"billing: closed → open"}, b.moves)
+	})
+}
+
 func TestAStateChangeMayCallTheSender(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var c *Client

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -40,8 +41,12 @@ const (
 	http2PingTimeout = 5 * time.Second
 )
 
-// errOutOfTime is the cause of an attempt's context when its own deadline ended it.
-var errOutOfTime = errors.New("the attempt's time is over")
+var (
+	// errOutOfTime is the cause of an attempt's context when its own deadline ended it.
+	errOutOfTime = errors.New("the attempt's time is over")
+	// errNoRoom is why an attempt was not made that found no place.
+	errNoRoom = errors.New("as many attempts are in flight as the limit of open files allows")
+)
 
 // Config of a Client.
 type Config struct {
@@ -49,8 +54,12 @@ type Config struct {
 	Version    string                // of walhook, for the user-agent
 	Registerer prometheus.Registerer // nil keeps the metrics to itself
 
+	// MaxAttempts bounds the attempts in flight at once, of all endpoints together; zero is no
+	// bound. See room for how they share it.
+	MaxAttempts int
 	// MaxIdleConns bounds the idle connections of endpoints that share a transport, which all
-	// do that need no network or TLS rules of their own; zero is 1024.
+	// do that need no network or TLS rules of their own; zero is 1024. Where MaxAttempts is
+	// given, connections beyond both together close all idle ones.
 	MaxIdleConns int
 
 	// OnStateChange, if set, hears of every move of an endpoint's circuit, in order for each
@@ -67,6 +76,7 @@ type Client struct {
 	log           *zap.Logger
 	userAgent     string
 	metrics       *metrics
+	room          *room
 	maxIdle       int
 	onStateChange func(endpointID string, from, to State)
 	roundTripper  http.RoundTripper
@@ -82,6 +92,14 @@ var _ outbox.Sender = (*Client)(nil)
 type transport struct {
 	*http.Transport
 	users int
+	gone  atomic.Bool // the last of them left
+}
+
+// used ends an attempt: the last ones of a transport that is gone leave it no idle connection.
+func (tr *transport) used() {
+	if tr != nil && tr.gone.Load() {
+		tr.CloseIdleConnections()
+	}
 }
 
 // New returns a Client. It starts nothing.
@@ -113,11 +131,16 @@ func New(cfg Config) (*Client, error) {
 	if c.maxIdle <= 0 {
 		c.maxIdle = defaultMaxIdle
 	}
+	c.room = &room{places: max(0, cfg.MaxAttempts), log: c.log, missed: m.shortages}
+	if c.room.places > 0 {
+		c.room.conns = c.room.places + c.maxIdle
+	}
 	return c, nil
 }
 
 // Send makes one attempt and judges it. It returns within the endpoint's timeout, and at once
-// where the circuit is open.
+// where the circuit is open. While this host has no place for one more attempt, it waits up to
+// roomWait for one before all that.
 func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) {
 	t, err := c.target(a.Endpoint)
 	if err != nil {
@@ -135,6 +158,18 @@ func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) 
 	effect := neither
 	defer func() { t.circuit.report(permit, effect) }() // exactly once, and also when what follows panics
 
+	if !c.room.enter(ctx, t.share) {
+		r := result{err: errNoRoom}
+		if ctx.Err() != nil {
+			r = result{err: ctx.Err(), cut: true}
+		}
+		o, effect = judge(r, t.endpoint, time.Now())
+		if !r.cut {
+			c.room.missing(o.Detail)
+		}
+		return o
+	}
+	defer c.room.leave(t.share)
 	o, effect = c.post(ctx, t, a)
 	return o
 }
@@ -154,6 +189,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outb
 	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
 	defer timer.Stop()
 
+	defer t.pool.used()
 	res, err := t.trip(ctx, req)
 	r := result{err: err}
 	if err == nil {
@@ -165,14 +201,16 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outb
 	}
 	now := time.Now()
 	o, effect := judge(r, t.endpoint, now)
-	if o.Verdict != outbox.Cut {
+	switch o.Verdict {
+	case outbox.Cut:
+	case outbox.Held:
+		c.room.missing(o.Detail)
+		c.Close() // idle connections are the first thing to give back
+	default:
 		t.codes.inc(o)
 		c.metrics.duration.Observe(now.Sub(begin).Seconds())
 	}
 	if err != nil {
-		if ourShortage(err) {
-			c.Close() // idle connections are the first thing to give back
-		}
 		return o, effect
 	}
 	if t.endpoint.Timeout-now.Sub(begin) > bodyTime {
@@ -240,15 +278,15 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 	if old != nil && old.endpoint == e { // another goroutine was first
 		return old, nil
 	}
-	t.rt = c.acquire(t)
+	c.acquire(t)
 	policy := policyOf(e)
 	if old == nil {
-		t.codes = c.metrics.codes(e.ID)
+		t.codes, t.share = c.metrics.codes(e.ID), new(share)
 		t.circuit = newCircuit(policy, false, c.teller(e.ID))
 		c.metrics.breaker.WithLabelValues(e.ID).Set(float64(Closed))
 		c.warnUnsigned(t)
 	} else {
-		t.codes, t.circuit = old.codes, old.circuit
+		t.codes, t.circuit, t.share = old.codes, old.circuit, old.share
 		if t.circuit.policy != policy {
 			was := old.circuit.retire()
 			t.circuit = newCircuit(policy, was != Closed, c.teller(e.ID))
@@ -308,18 +346,19 @@ func (c *Client) Close() {
 	}
 }
 
-// acquire returns the transport of the target's route, a new one where there is none. c.mu is held.
-func (c *Client) acquire(t *target) http.RoundTripper {
-	if c.roundTripper != nil {
-		return c.roundTripper
+// acquire gives the target the transport of its route, a new one where there is none. c.mu is held.
+func (c *Client) acquire(t *target) {
+	if t.rt = c.roundTripper; t.rt != nil {
+		return
 	}
 	tr := c.transports[t.route]
 	if tr == nil {
 		tr = &transport{Transport: newTransport(t.guard, t.tls, c.maxIdle)}
+		tr.DialContext = c.room.counting(tr.DialContext, c.Close)
 		c.transports[t.route] = tr
 	}
 	tr.users++
-	return tr.Transport
+	t.rt, t.pool = tr.Transport, tr
 }
 
 // release gives the target's transport up, and closes it after its last user. c.mu is held.
@@ -330,6 +369,7 @@ func (c *Client) release(t *target) {
 	}
 	if tr.users--; tr.users == 0 {
 		delete(c.transports, t.route)
+		tr.gone.Store(true)
 		tr.CloseIdleConnections()
 	}
 }

@@ -260,6 +260,8 @@ func TestSendIsSafeForManyGoroutinesReloadsAndForgets(t *testing.T) {
 	require.Empty(t, sendertest.Duplicates(rx.Requests()))
 	require.Len(t, b.transports, 1)
 	require.LessOrEqual(t, b.transports[b.targets["billing"].route].users, 1)
+	b.Close()
+	require.Zero(t, b.room.connections(), "also those of transports that are gone are closed")
 }
 
 func TestMissingSecretIsSaidOnce(t *testing.T) {

@@ -14,10 +14,13 @@
 //     the same request again on a fresh one.
 //   - A circuit hears of each attempt exactly once, also after a panic or a cancel, so a probe
 //     can never leave it half-open for ever.
+//   - What this host lacks (descriptors, ports, memory) spends no attempt and counts against no
+//     circuit: the delivery is held for a moment. Attempts of all endpoints together are bounded
+//     below the limit of open files, and none that hangs can have all of them (room.go).
 //   - No outcome, log line, metric or error holds a URL, a query or a secret.
 //
-// What it never does: wait for anything but the network, retry, queue, follow a redirect,
-// start a goroutine that outlives a request (net/http keeps two for each idle connection,
+// What it never does: wait for anything but the network and (up to roomWait) a place in it,
+// retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each idle connection,
 // for at most idleConnTimeout), use a proxy from the environment, or read an event's data.
 //
 // # Life of an endpoint

@@ -12,9 +12,10 @@ import (
 
 // metrics are the package's series on the given registry.
 type metrics struct {
-	attempts *prometheus.CounterVec
-	duration prometheus.Histogram
-	breaker  *prometheus.GaugeVec
+	attempts  *prometheus.CounterVec
+	duration  prometheus.Histogram
+	breaker   *prometheus.GaugeVec
+	shortages prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -35,11 +36,15 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "walhook_breaker_state",
 			Help: "The endpoint's circuit: 0 closed, 1 half-open, 2 open. Worry when it stays open: its deliveries are parked and wait.",
 		}, []string{"endpoint"}),
+		shortages: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "walhook_shortages_total",
+			Help: "Attempts put off because this host had no descriptor, port or memory to spare for them. Worry when it grows: raise the limit of open files.",
+		}),
 	}
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.attempts, m.duration, m.breaker} {
+	for _, c := range []prometheus.Collector{m.attempts, m.duration, m.breaker, m.shortages} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}

@@ -40,7 +40,7 @@ type result struct {
 // fault alone: not an event it refuses, not a pause it asks for, not what is our own doing.
 func judge(r result, e *outbox.Endpoint, now time.Time) (outbox.Outcome, effect) {
 	if r.status == 0 && r.err != nil {
-		return judgeError(r, e)
+		return judgeError(r, e, now)
 	}
 	o := outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonStatus, Status: r.status, Detail: statusDetail(r.status)}
 	if r.status < 100 || r.status > 599 {
@@ -89,7 +89,7 @@ func statusDetail(status int) string {
 }
 
 // judgeError judges an attempt that got no answer.
-func judgeError(r result, e *outbox.Endpoint) (outbox.Outcome, effect) {
+func judgeError(r result, e *outbox.Endpoint, now time.Time) (outbox.Outcome, effect) {
 	if r.cut {
 		return outbox.Outcome{Verdict: outbox.Cut, Reason: outbox.ReasonShutdown, Detail: "cut short before an answer came"}, neither
 	}
@@ -102,18 +102,35 @@ func judgeError(r result, e *outbox.Endpoint) (outbox.Outcome, effect) {
 		o.Reason, o.Detail = outbox.ReasonTimeout, "no answer within "+e.Timeout.String()
 		return o, failure
 	}
+	if what, ours := shortage(r.err); ours {
+		return outbox.Outcome{Verdict: outbox.Held, Reason: outbox.ReasonShortage, Detail: what, Until: now.Add(shortageHold)}, neither
+	}
 	reason, detail := fault(r.err)
 	o.Reason, o.Detail = reason, clip(detail)
-	if ourShortage(r.err) {
-		return o, neither
-	}
 	return o, failure
 }
 
-// ourShortage tells whether err is for want of something on this host: descriptors, memory, ports.
-func ourShortage(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM) ||
-		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.EADDRNOTAVAIL)
+// shortage tells whether err is for want of something on this host, and of what: descriptors,
+// ports, memory. It says nothing of the endpoint, which as a rule saw nothing of the attempt.
+func shortage(err error) (what string, ours bool) {
+	if err == errNoRoom {
+		return err.Error(), true
+	}
+	dns, asked := errors.AsType[*net.DNSError](err)
+	for _, lack := range []syscall.Errno{syscall.ENFILE, syscall.EMFILE, syscall.ENOMEM, syscall.ENOBUFS} {
+		// A DNSError wraps nothing but its text.
+		if errors.Is(err, lack) || asked && strings.Contains(dns.Err, lack.Error()) {
+			return lack.Error(), true
+		}
+	}
+	// No port is left for this address. For one of IPv6 it is rather that this host has no IPv6 at
+	// all, which no waiting mends.
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" && errors.Is(err, syscall.EADDRNOTAVAIL) {
+		if to, ok := op.Addr.(*net.TCPAddr); ok && to.IP.To4() != nil {
+			return "no local port is free", true
+		}
+	}
+	return "", false
 }
 
 // fault says in which of the closed set of ways a request got no answer, and how to tell a
@@ -128,8 +145,6 @@ func fault(err error) (outbox.Reason, string) {
 			return outbox.ReasonDNS, "the host name does not exist"
 		case dns.IsTimeout:
 			return outbox.ReasonDNS, "the name server did not answer in time"
-		case ourShortage(err):
-			return outbox.ReasonDNS, "look up the host name: " + errno(err)
 		}
 		return outbox.ReasonDNS, "the host name cannot be looked up: the name server failed"
 	}

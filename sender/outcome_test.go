@@ -84,8 +84,8 @@ func TestEveryErrorHasItsReasonAndTellsNoSecret(t *testing.T) {
 		"guard":        {result{err: dial(&refusedAddress{"the address 10.0.0.1 is not public"})}, outbox.Dead, outbox.ReasonRefusedAddress, "the address 10.0.0.1 is not public", neither},
 		"refused":      {result{err: dial(syscall.ECONNREFUSED)}, outbox.Retry, outbox.ReasonConnect, "connect to 10.0.0.1:443: connection refused", failure},
 		"unreachable":  {result{err: dial(syscall.EHOSTUNREACH)}, outbox.Retry, outbox.ReasonConnect, "connect to 10.0.0.1:443: no route to host", failure},
-		"descriptors":  {result{err: dial(syscall.EMFILE)}, outbox.Retry, outbox.ReasonConnect, "connect to 10.0.0.1:443: too many open files", neither},
-		"ports":        {result{err: dial(syscall.EADDRNOTAVAIL)}, outbox.Retry, outbox.ReasonConnect, "connect to 10.0.0.1:443: cannot assign requested address", neither},
+		"descriptors":  {result{err: dial(syscall.EMFILE)}, outbox.Held, outbox.ReasonShortage, "too many open files", neither},
+		"ports":        {result{err: dial(syscall.EADDRNOTAVAIL)}, outbox.Held, outbox.ReasonShortage, "no local port is free", neither},
 		"dial timeout": {result{err: dial(os.ErrDeadlineExceeded)}, outbox.Retry, outbox.ReasonTimeout, "no connection within 5s", failure},
 		"nxdomain":     {result{err: &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "x", IsNotFound: true}}}, outbox.Retry, outbox.ReasonDNS, "the host name does not exist", failure},
 		"servfail":     {result{err: &net.DNSError{Err: "server misbehaving", IsTemporary: true}}, outbox.Retry, outbox.ReasonDNS, "the host name cannot be looked up: the name server failed", failure},
@@ -98,7 +98,11 @@ func TestEveryErrorHasItsReasonAndTellsNoSecret(t *testing.T) {
 	} {
 		for _, r := range []result{c.r, {err: &url.Error{Op: "Post", URL: hidden, Err: c.r.err}, cut: c.r.cut, timedOut: c.r.timedOut}} {
 			o, counts := judge(r, endpoint(hidden), noon)
-			require.Equal(t, outbox.Outcome{Verdict: c.verdict, Reason: c.reason, Detail: c.detail}, o, name)
+			want := outbox.Outcome{Verdict: c.verdict, Reason: c.reason, Detail: c.detail}
+			if c.verdict == outbox.Held {
+				want.Until = noon.Add(shortageHold)
+			}
+			require.Equal(t, want, o, name)
 			require.Equal(t, c.counts, counts, name)
 			require.NotContains(t, o.Detail, "SECRET", name)
 		}

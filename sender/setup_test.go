@@ -20,6 +20,9 @@ const (
 	edSecret   = "whsk_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 )
 
+// patience is for what has to come on a busy machine.
+const patience = 30 * time.Second
+
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // bundle is a client with what it reports to.
@@ -43,8 +46,20 @@ func setup(t *testing.T, rt http.RoundTripper) *bundle {
 	})
 	require.NoError(t, err)
 	b.Client = c
-	t.Cleanup(c.Close)
+	t.Cleanup(b.leave)
 	return b
+}
+
+// leave closes every connection, which one of HTTP/2 allows only some time after its last stream.
+func (b *bundle) leave() {
+	b.Close()
+	if b.room.connections() == 0 {
+		return
+	}
+	require.Eventually(b.t, func() bool {
+		b.Close()
+		return b.room.connections() == 0
+	}, patience, time.Millisecond)
 }
 
 func (b *bundle) send(e *outbox.Endpoint) outbox.Outcome {

@@ -35,8 +35,10 @@ type target struct {
 	route  string // equal for targets that may share connections
 
 	rt      http.RoundTripper
-	circuit *circuit // outlives the target
-	codes   *codes   // outlives the target
+	pool    *transport // that rt is; nil where a test gave another
+	circuit *circuit   // outlives the target
+	codes   *codes     // outlives the target
+	share   *share     // outlives the target
 }
 
 // Validate checks all that the sender will need of an endpoint. Every mistake is in the

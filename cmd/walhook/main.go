@@ -41,7 +41,9 @@ func run(ctx context.Context, args []string, env func(string) (string, bool), st
 	if err == nil {
 		return exitDone
 	}
-	fmt.Fprintf(stderr, "walhook: %v\n", err)
+	said := newLogQueue(stderr) // that nobody reads stderr must not keep the process
+	fmt.Fprintf(said, "walhook: %v\n", err)
+	_ = said.Sync()
 	var coded interface{ ExitCode() int }
 	if errors.As(err, &coded) {
 		return coded.ExitCode()

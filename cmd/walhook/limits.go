@@ -1,0 +1,61 @@
+package main
+
+import (
+	"go.uber.org/zap"
+
+	"github.com/walhook/walhook/outbox"
+)
+
+const (
+	// ownDescriptors are kept back from sending: for the pool, the stream and the advisory lock,
+	// the listener and whoever asks for metrics, the runtime, the files of a reload.
+	ownDescriptors = 64
+	// An attempt has two descriptors for a moment (a name is asked for by IPv4 and IPv6, and two
+	// addresses may be raced), and one connection may stay idle for each.
+	descriptorsPerAttempt = 3
+	// mostIdle connections are as many as are worth their memory: each has two goroutines and buffers.
+	mostIdle = 1024
+	// enoughAttempts at once, or one for each endpoint where those are more, are what a limit should allow.
+	enoughAttempts = 1000
+)
+
+// limits are what this host allows in descriptors, and what is made of it.
+type limits struct {
+	descriptors int // of the process; zero is no limit
+	attempts    int // in flight at once; zero is no limit
+	idle        int // connections kept
+}
+
+// hostLimits reads the limit of the process, whose soft one Go has raised to the hard one.
+func hostLimits() limits { return limitsOf(maxDescriptors()) }
+
+func limitsOf(descriptors int) limits {
+	if descriptors == 0 {
+		return limits{idle: mostIdle}
+	}
+	attempts := max(1, (descriptors-min(ownDescriptors, descriptors/2))/descriptorsPerAttempt)
+	return limits{descriptors: descriptors, attempts: attempts, idle: min(attempts, mostIdle)}
+}
+
+// say tells once, at the start, what the limits allow, and warns where that is little for these endpoints.
+func (l limits) say(log *zap.Logger, endpoints []*outbox.Endpoint) {
+	if l.descriptors == 0 {
+		return
+	}
+	fields := []zap.Field{zap.Int("limit", l.descriptors), zap.Int("attempts_at_once", l.attempts), zap.Int("idle_connections", l.idle)}
+	if want := attemptsWanted(endpoints); l.attempts < want {
+		log.Warn("few file descriptors for these endpoints: attempts may have to wait for each other; raise the limit (ulimit -n, LimitNOFILE)",
+			append(fields, zap.Int("endpoints", len(endpoints)), zap.Int("sensible_limit", want*descriptorsPerAttempt+ownDescriptors))...)
+		return
+	}
+	log.Info("file descriptors", fields...)
+}
+
+// attemptsWanted is how many attempts at once these endpoints may sensibly ask for.
+func attemptsWanted(endpoints []*outbox.Endpoint) int {
+	all := 0
+	for _, e := range endpoints {
+		all += e.Concurrency
+	}
+	return min(all, max(enoughAttempts, len(endpoints)))
+}
