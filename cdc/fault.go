@@ -61,6 +61,9 @@ func (f *Fault) Unwrap() error { return f.Err }
 // there, so everything starts again from the checkpoint.
 var ErrNewHistory = errors.New("the database has a new history")
 
+// ErrTaken says that another process has the slot that was ours, and sends what we have in memory.
+var ErrTaken = errors.New("another process has taken the slot")
+
 // errShutdown says that the server wants to shut down and waits for our confirmation.
 var errShutdown = errors.New("the server is shutting down")
 

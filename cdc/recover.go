@@ -60,6 +60,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 			return nil, f
 		}
 		if s.streamed { // what is in memory must come to rest first
+			s.setStatus(Lost, &Fault{State: Lost, Reason: f.Reason})
 			return nil, Halt(fmt.Errorf("%w: %s", ErrLost, f.Reason))
 		}
 	}
@@ -68,10 +69,6 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 		return nil, connectFault(err)
 	}
 	defer closeSQL(sql)
-	if sv.Slot != nil && sv.Slot.ActivePID != 0 {
-		return nil, &Fault{State: Lost, Reason: fmt.Sprintf("%s; pid %d is using slot %s, so it cannot be made anew", f.Reason, sv.Slot.ActivePID, s.cfg.Slot), Remedy: "end what uses it, if it is no walhook: select * from pg_stat_replication"}
-	}
-
 	// One of several instances does it.
 	var alone bool
 	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
@@ -79,6 +76,9 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	}
 	if !alone {
 		return nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
+	}
+	if sv.Slot != nil && sv.Slot.ActivePID != 0 {
+		return nil, &Fault{State: Lost, Reason: fmt.Sprintf("%s; pid %d is using slot %s, so it cannot be made anew", f.Reason, sv.Slot.ActivePID, s.cfg.Slot), Remedy: "end what uses it, if it is no walhook: select * from pg_stat_replication"}
 	}
 	now, err := s.book.Read(ctx, id.SystemID)
 	if err != nil {
@@ -94,9 +94,9 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 
 	s.setStatus(Recovering, &Fault{State: Recovering, Reason: f.Reason})
 	// Before the slot is made: whatever has ended by now, the new slot's snapshot sees.
-	var xmin uint64
-	if err := sql.QueryRow(ctx, "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint").Scan(&xmin); err != nil {
-		return nil, fmt.Errorf("read snapshot: %w", err)
+	xmin, err := readXmin(ctx, sql)
+	if err != nil {
+		return nil, err
 	}
 	if slot != nil {
 		if _, err := sql.Exec(ctx, "select pg_drop_replication_slot($1)", s.cfg.Slot); err != nil {
@@ -107,6 +107,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	if err != nil {
 		return nil, err
 	}
+	s.setStatus(Recovering, &Fault{State: Recovering, Reason: f.Reason}) // it may have been waiting meanwhile
 	n, err := s.fill(ctx, sql, Session{
 		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(),
 	}, sv, snapshot, xmin, m, mode)
@@ -205,21 +206,40 @@ func (s *Stream) judgeCost(f *Fault, mode Recovery, sv *Survey) *Fault {
 	switch limit := max(int64(s.cfg.MaxRecovery), suspicious*c.before); {
 	case mode == RecoverNone, mode == RecoverAll && c.err == nil:
 		return nil
-	case errors.As(c.err, &pg) && pg.Code == "42501":
+	case errors.As(c.err, &pg) && pg.Code == codeDenied:
 		lost.Reason += "; role " + sv.Role + " may not read the outbox to find it (" + pg.Message + ")"
-		lost.Remedy = "grant select on the outbox tables to " + quoteName(sv.Role) + "; where row security hides rows: alter role " + quoteName(sv.Role) + " bypassrls"
+		lost.Remedy = remedyRead(sv.Role)
 	case c.err != nil:
 		lost.Reason += "; what would be sent again cannot be counted"
 		lost.Err = c.err
 	case mode == RecoverAsk:
 		lost.Remedy = remedyRecover(s.cfg.Slot, what)
-	case c.missed.xmin == 0 || c.rows > limit:
+	case c.missed.xmin == 0:
+		lost.Reason += "; nothing tells since when"
+		lost.Remedy = "`walhook run --recover=all` sends " + what + "; " + remedyNone(s.cfg.Slot)
+	case c.rows > limit:
 		lost.Reason += fmt.Sprintf("; it would send %s, more than the %d that are sent without being asked for (a table that was rewritten or updated looks new)", what, limit)
 		lost.Remedy = "`walhook run --recover=all` sends them; a higher cdc.max_recovery allows it for good; " + remedyNone(s.cfg.Slot)
 	default:
 		return nil
 	}
 	return lost
+}
+
+// codeDenied is insufficient_privilege, which row security answers too.
+const codeDenied = "42501"
+
+func remedyRead(role string) string {
+	return "grant select on the outbox tables to " + quoteName(role) + "; where row security hides rows: alter role " + quoteName(role) + " bypassrls"
+}
+
+// denied says of an error of reading a table what mends it, where a right is missing.
+func (sv *Survey) denied(err error) error {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == codeDenied {
+		return &Fault{State: Waiting, Reason: "role " + sv.Role + " may not read the rows of the outbox", Err: err, Remedy: remedyRead(sv.Role)}
+	}
+	return err
 }
 
 // fill reads the rows under the snapshot and gives them to the sink.
@@ -254,7 +274,7 @@ func (s *Stream) fill(ctx context.Context, sql *pgx.Conn, session Session, sv *S
 	for i := range sv.Tables {
 		var rows int64
 		if err := sql.QueryRow(ctx, "select count(*) from "+sv.Tables[i].from()+where).Scan(&rows); err != nil {
-			return 0, fmt.Errorf("count rows of %s: %w", sv.Tables[i].Table, err)
+			return 0, sv.denied(fmt.Errorf("count rows of %s: %w", sv.Tables[i].Table, err))
 		}
 		p.total += rows
 	}

@@ -43,6 +43,7 @@ type Session struct {
 	Version  int
 	Slot     Slot              // as it was just before
 	Tables   map[string]uint32 // OIDs by the tables' names as SQL takes them
+	Xmin     uint64            // every transaction id below it had ended when the slot was made; zero is not known
 }
 
 // Resume is where a session takes up the stream: rows of transactions whose commit record
@@ -169,7 +170,7 @@ func New(cfg Config, sink Sink, book Book) *Stream {
 }
 
 // Run streams until ctx ends, then returns nil. It returns an error only where waiting cannot
-// help: ErrNewHistory, ErrLost, a Config fault before the first session, or what Claim and Row
+// help: ErrNewHistory, ErrLost, ErrTaken, a Config fault before the first session, or what Claim and Row
 // return wrapped in Halt.
 func (s *Stream) Run(ctx context.Context) error {
 	backoff := minBackoff
@@ -190,6 +191,9 @@ func (s *Stream) Run(ctx context.Context) error {
 		f := FaultOf(err)
 		if f.Config && !s.streamed {
 			return f
+		}
+		if f.State == Standby && s.streamed {
+			return ErrTaken
 		}
 		s.setStatus(f.State, f)
 		if !s.since.IsZero() && time.Since(s.since) > backoff {
@@ -447,13 +451,16 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		}
 		f = sv.Judge(&s.cfg, rec, LSN(now.XLogPos))
 	}
+	var xmin uint64
 	switch {
 	case f != nil && f.missed != nil:
 		slot, err = s.recover(ctx, conn, id, sv, rec, f)
 	case f != nil:
 		err = f
 	case slot == nil:
-		slot, _, err = s.createSlot(ctx, conn, sv, false)
+		if xmin, err = s.oldestRunning(open); err == nil {
+			slot, _, err = s.createSlot(ctx, conn, sv, false)
+		}
 	}
 	if err != nil {
 		return err
@@ -473,7 +480,7 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	s.pid = int32(conn.PID())
 	claimCtx, cancelClaim := context.WithTimeout(ctx, claimTimeout)
 	resume, err := s.sink.Claim(claimCtx, Session{
-		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(),
+		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(), Xmin: xmin,
 	})
 	cancelClaim()
 	if err != nil {
@@ -544,10 +551,13 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer s.setSurvey(sv)
+	defer func() { s.setSurvey(sv) }()
 	rec, err := s.book.Read(ctx, "")
 	if err != nil {
 		return nil, err
+	}
+	if rec == nil || rec.Gap != "" { // nothing can be missed, or it is written down although the answer was lost
+		s.gap = ""
 	}
 	why := s.gap
 	if rec != nil && why == "" {
@@ -570,11 +580,16 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 			return nil, err
 		}
 	}
-	if err := s.publish(ctx, conn, sv); err != nil {
+	published, err := s.publish(ctx, conn, sv)
+	if err != nil {
 		return nil, err
 	}
-	for i := range sv.Tables {
-		sv.Tables[i].Published = true
+	if published {
+		after, err := survey(ctx, conn, &s.cfg)
+		if err != nil {
+			return nil, err
+		}
+		sv = after
 	}
 	if sv.Slot != nil && sv.Slot.ActivePID != 0 && sv.Slot.ActivePID == s.pid {
 		// It is our own last connection, of which the server does not know yet that it is gone:
@@ -586,8 +601,30 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 
 func (s *Stream) setSurvey(sv *Survey) {
 	s.mu.Lock()
+	before := s.survey
 	s.survey = sv
 	s.mu.Unlock()
+	if off := sv.ClockOff(); off != "" && (before == nil || before.ClockOff() == "") {
+		s.log.Warn(off+": latencies, retry times and max_age mean little, and receivers refuse timestamps that are minutes off; let both follow NTP", zap.Duration("ahead", sv.Clock))
+	}
+}
+
+// oldestRunning is a transaction id below which all have ended. Asked before a slot is made, it
+// tells which rows are from before the slot.
+func (s *Stream) oldestRunning(ctx context.Context) (uint64, error) {
+	conn, err := s.cfg.connectSQL(ctx)
+	if err != nil {
+		return 0, connectFault(err)
+	}
+	defer closeSQL(conn)
+	return readXmin(ctx, conn)
+}
+
+func readXmin(ctx context.Context, conn *pgx.Conn) (xmin uint64, err error) {
+	if err := conn.QueryRow(ctx, "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint").Scan(&xmin); err != nil {
+		return 0, fmt.Errorf("read snapshot: %w", err)
+	}
+	return xmin, nil
 }
 
 // lookAgain tells whether another instance has made the slot, and its checkpoint, since we looked.
@@ -606,7 +643,7 @@ func (s *Stream) lookAgain(ctx context.Context) error {
 
 // publish creates the publication, or adds the tables that it lacks. The tables are locked
 // first: old minor versions lose the rows of a transaction that is open meanwhile.
-func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error {
+func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) (done bool, err error) {
 	var missing []string
 	for _, t := range sv.Tables {
 		if !t.Published {
@@ -614,7 +651,7 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error 
 		}
 	}
 	if sv.Publication != nil && len(missing) == 0 {
-		return nil
+		return false, nil
 	}
 	sql := "create publication " + quoteName(s.cfg.Publication)
 	if len(missing) > 0 {
@@ -624,7 +661,7 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error 
 	if sv.Publication != nil {
 		sql = "alter publication " + quoteName(s.cfg.Publication) + " add table " + strings.Join(missing, ", ")
 	}
-	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		if len(missing) > 0 {
 			if _, err := tx.Exec(ctx, "lock table "+strings.Join(missing, ", ")+" in share row exclusive mode"); err != nil {
 				return err
@@ -637,15 +674,15 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) error 
 	switch {
 	case err == nil:
 		s.log.Info("published", zap.String("publication", s.cfg.Publication), zap.Strings("tables", missing))
-		return nil
+		return true, nil
 	case errors.As(err, &pg) && pg.Code == "42501":
-		return &Fault{State: Waiting, Reason: "role " + sv.Role + " may not publish " + strings.Join(missing, ", "), Err: err, Remedy: "run the SQL that `walhook init` prints, or as the owner: " + sql}
+		return false, &Fault{State: Waiting, Reason: "role " + sv.Role + " may not publish " + strings.Join(missing, ", "), Err: err, Remedy: "run the SQL that `walhook init` prints, or as the owner: " + sql}
 	case errors.As(err, &pg) && pg.Code == "55P03":
-		return &Fault{State: Connecting, Reason: "a long transaction writes to " + strings.Join(missing, ", ") + ", so it cannot be added to the publication yet", Err: err}
+		return false, &Fault{State: Connecting, Reason: "a long transaction writes to " + strings.Join(missing, ", ") + ", so it cannot be added to the publication yet", Err: err}
 	case errors.As(err, &pg) && pg.Code == "42710": // another instance was faster
-		return nil
+		return true, nil
 	}
-	return fmt.Errorf("publish: %w", err)
+	return false, fmt.Errorf("publish: %w", err)
 }
 
 // createSlot makes the slot. With export the new slot's snapshot may be taken over by another
@@ -792,6 +829,9 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 
 // watchOn returns when conn's session ends, or with a Fault.
 func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error {
+	if err := patient(ctx, conn.PgConn()); err != nil {
+		return err
+	}
 	for {
 		look, cancel := context.WithTimeout(ctx, s.limits.survey)
 		_, err := conn.WaitForNotification(look) // none ever comes

@@ -51,6 +51,9 @@ type Survey struct {
 
 	Around *Around // nil but where Examine looked
 
+	Clock time.Duration // how far the server's clock is ahead of ours, give or take Blur
+	Blur  time.Duration // half of what asking for it took
+
 	at time.Time // when the look began
 }
 
@@ -91,6 +94,7 @@ type Found struct {
 	Types       []string // of Columns, as format_type prints them
 	Published   bool
 	Listed      bool     // by itself, not with its schema or with all tables
+	Entry       uint32   // where Listed: the transaction that made the entry, which a row filter that is set or taken away makes anew
 	RowFilter   string   // of the publication, Postgres 15 and later
 	Unpublished []string // columns that the publication leaves out, generated ones by default
 }
@@ -105,8 +109,6 @@ func (f *Found) Relation() *Relation {
 // trying, and what may hurt some day.
 type Around struct {
 	System      string        // system_identifier; empty where it could not be asked
-	Clock       time.Duration // how far the server's clock is ahead of ours, give or take Blur
-	Blur        time.Duration // half of what asking for the clock took
 	Holder      string        // application_name of Slot.ActivePID
 	Greedy      []Slot        // other slots that keep more WAL than max_wal_size
 	Physical    []string      // slots of standbys
@@ -202,13 +204,6 @@ limit $1`
 
 func lookAround(ctx context.Context, conn *pgx.Conn, s *Survey) (*Around, error) {
 	a := &Around{}
-	var theirs time.Time
-	before := time.Now()
-	if err := conn.QueryRow(ctx, clockSQL).Scan(&theirs); err != nil {
-		return nil, fmt.Errorf("read clock: %w", err)
-	}
-	a.Blur = time.Since(before) / 2
-	a.Clock = theirs.Sub(before.Add(a.Blur))
 
 	var pid int32
 	own := ""
@@ -293,7 +288,8 @@ select c.oid, c.relkind::text, c.relpersistence = 'u',
        coalesce((select array_agg(format_type(a.atttypid, a.atttypmod) order by a.attnum) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped), '{}'),
        p.tablename is not null,
-       exists (select from pg_publication_rel r join pg_publication pub on pub.oid = r.prpubid where pub.pubname = $3 and r.prrelid = c.oid),
+       coalesce((select r.xmin::text::bigint from pg_publication_rel r join pg_publication pub on pub.oid = r.prpubid
+                 where pub.pubname = $3 and r.prrelid = c.oid), 0),
        coalesce(to_jsonb(p) ->> 'rowfilter', ''),
        coalesce((select array_agg(a.attname::text) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
@@ -309,6 +305,12 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 	s := &Survey{at: time.Now()}
 	var flushed string
 	var timeout int64 // milliseconds
+	var theirs time.Time
+	if err := conn.QueryRow(ctx, clockSQL).Scan(&theirs); err != nil {
+		return nil, fmt.Errorf("read clock: %w", err)
+	}
+	s.Blur = time.Since(s.at) / 2
+	s.Clock = theirs.Sub(s.at.Add(s.Blur))
 	err := conn.QueryRow(ctx, surveySQL).Scan(&s.Version, &s.Database, &s.Role, &s.WALLevel, &s.Recovering, &s.ReadOnly,
 		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &s.StandbyNames, &s.Application, &timeout)
 	if err != nil {
@@ -335,12 +337,12 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		var types []uint32
 		var names []string
 		err := conn.QueryRow(ctx, tableSQL, t.Schema, t.Name, cfg.Publication).
-			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.Listed, &f.RowFilter, &f.Unpublished)
+			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.Entry, &f.RowFilter, &f.Unpublished)
 		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 			return nil, fmt.Errorf("read table %s: %w", t, err)
 		}
 		if err == nil {
-			f.Kind = kind[0]
+			f.Kind, f.Listed = kind[0], f.Entry != 0
 			for i, n := range names {
 				f.Columns = append(f.Columns, Column{Name: n, TypeOID: types[i]})
 			}
@@ -491,6 +493,18 @@ const (
 	idleTolerance  = 24 * time.Hour
 )
 
+// ClockOff says how far the clocks of server and machine are apart, where that is much.
+func (s *Survey) ClockOff() string {
+	off, way := s.Clock.Abs(), "ahead of"
+	if off <= clockTolerance+s.Blur {
+		return ""
+	}
+	if s.Clock < 0 {
+		way = "behind"
+	}
+	return fmt.Sprintf("the server's clock is %s %s this machine's", off.Round(time.Second), way)
+}
+
 func (s *Survey) judgeAround(warn func(string, string, string)) {
 	a := s.Around
 	for _, o := range a.Greedy {
@@ -504,12 +518,8 @@ func (s *Survey) judgeAround(warn func(string, string, string)) {
 	if a.IdleTimeout > 0 && a.IdleTimeout < idleTolerance {
 		warn("limits", "idle_replication_slot_timeout is "+a.IdleTimeout.String(), "walhook's slot is lost when it is down for longer; alter system set idle_replication_slot_timeout = 0")
 	}
-	if off := a.Clock.Abs(); off > clockTolerance+a.Blur {
-		way := "ahead of"
-		if a.Clock < 0 {
-			way = "behind"
-		}
-		warn("clock", fmt.Sprintf("the server's clock is %s %s this machine's", off.Round(time.Second), way),
+	if off := s.ClockOff(); off != "" {
+		warn("clock", off,
 			"latencies, retry times and max_age mean little, and receivers refuse timestamps that are minutes off; let both follow NTP")
 	}
 }

@@ -438,6 +438,7 @@ func (l *Lane) kick() {
 	defer l.mu.Unlock()
 	if l.ahead {
 		l.ahead, l.more = false, true
+		l.dueAt(time.Now())
 		for _, q := range l.queues {
 			l.wantNext(q)
 		}
@@ -1104,7 +1105,7 @@ func (l *Lane) keyLoaded(q *queue, v sight, rows []Stored, more, whole bool) {
 
 // loadDue is the job that finds the retries whose time has come.
 func (l *Lane) loadDue(limit int, maxBytes int64) job {
-	round := l.round
+	round, reach := l.round, l.relay.reached()
 	now := time.Now()
 	l.nextDue = time.Time{}
 	return func(ctx context.Context) (func(), error) {
@@ -1122,6 +1123,11 @@ func (l *Lane) loadDue(limit int, maxBytes int64) job {
 					}
 				}
 				for _, row := range loose {
+					if !reach.has(row.Event.Position) { // it comes again, and would go twice
+						l.ahead = true
+						l.relay.rouse()
+						continue
+					}
 					news = l.take(row) || news
 				}
 				l.settleDoubts(now)

@@ -327,6 +327,29 @@ func TestAfterACrashWhatIsParkedWaitsForWhatComesAgain(t *testing.T) {
 	}, endpoint("a"))
 }
 
+// One without a key waits for itself: sent before it comes again, it would be sent twice.
+func TestAfterACrashARetryWaitsForItsRowToComeAgain(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.answers("a", fails)
+		w.start()
+		w.commit("0:")
+		pass(2 * time.Second) // the checkpoint has passed it
+		w.set(func() { w.savesFail = true })
+		w.commit("1:", "2:")
+		pass(100 * time.Millisecond)
+		require.Equal(t, []string{"0:parked", "1:parked", "2:parked"}, w.stored("a"))
+		w.crash()
+		w.answers("a", ok)
+		w.set(func() { w.silent = true })
+		w.start()
+		pass(12 * time.Second) // all are due, and the stream does not come
+		require.Equal(t, []string{"0"}, w.arrived("a"))
+		w.set(func() { w.silent, w.savesFail = false, false; w.wakeLocked() })
+		pass(20 * time.Second)
+		require.Equal(t, []string{"0", "1", "2"}, slices.Sorted(slices.Values(w.arrived("a"))), "each once")
+	}, endpoint("a", ordering(outbox.OrderNone), schedule(8*time.Second, time.Second)))
+}
+
 // A row that was parked and comes again in the stream is one delivery, in memory and in the store.
 func TestWhatComesAgainIsHeldOnce(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {

@@ -29,7 +29,8 @@ type Ledger struct {
 	mu         sync.Mutex // guards what follows
 	head, tail *span      // what is not settled, and settled runs between; head is always owed
 	low        Checkpoint
-	opened     Checkpoint    // the last row opened, and the last end closed
+	opened     Checkpoint    // the last row given to its lanes, and the last end closed
+	opening    cdc.Position  // the last row opened
 	room       chan struct{} // closed when there is room again; nil while there is
 	fullSince  time.Time
 }
@@ -73,7 +74,7 @@ func (l *Ledger) Reset(at Checkpoint) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.head == nil && l.low == (Checkpoint{}) {
-		l.low, l.opened = at, at
+		l.low, l.opened, l.opening = at, at, at.Position
 	}
 }
 
@@ -81,7 +82,7 @@ func (l *Ledger) Reset(at Checkpoint) {
 func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.opened.Position = pos
+	l.opened.Position, l.opening = l.opening, pos
 	switch {
 	case n == 0 && l.tail == nil:
 		l.low.Position = pos
@@ -106,7 +107,7 @@ func (l *Ledger) Open(pos cdc.Position, n int, now time.Time) *span {
 func (l *Ledger) Close(end cdc.LSN) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.opened.LSN = max(l.opened.LSN, end)
+	l.opened.LSN, l.opened.Position = max(l.opened.LSN, end), l.opening
 	if l.tail == nil {
 		l.low.LSN = max(l.low.LSN, end)
 		return
@@ -167,8 +168,8 @@ func (l *Ledger) Low() Checkpoint {
 	return l.low
 }
 
-// Opened is how far rows were opened: those up to its Position, and those that committed below its
-// LSN.
+// Opened is how far rows were opened and given to their lanes: those up to its Position, and those
+// that committed below its LSN. The latest may be on its way to them, and is none of it yet.
 func (l *Ledger) Opened() Checkpoint {
 	l.mu.Lock()
 	defer l.mu.Unlock()

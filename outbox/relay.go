@@ -89,10 +89,10 @@ type Relay struct {
 	sendCtx  context.Context // of all attempts and loads; ends when the grace period does
 	stopSend context.CancelFunc
 
-	heard  atomic.Int64   // when Postgres was last heard of, Unix ns
-	lapsed atomic.Bool    // a lane waits for the lease, or for the stream, and is to be woken
-	caught atomic.Bool    // the stream has come to where the WAL ended when we took the slot
-	aside  sync.WaitGroup // endpoints being disabled or removed
+	heard  atomic.Pointer[time.Time] // when Postgres was last heard of
+	lapsed atomic.Bool               // a lane waits for the lease, or for the stream, and is to be woken
+	caught atomic.Bool               // the stream has come to where the WAL ended when we took the slot
+	aside  sync.WaitGroup            // endpoints being disabled or removed
 
 	changing sync.Mutex // one change of the endpoints at a time
 
@@ -519,8 +519,12 @@ func (r *Relay) recount(ctx context.Context) {
 
 // leased tells whether Postgres was heard of lately enough to send anything.
 func (r *Relay) leased() bool {
-	if time.Now().UnixNano()-r.heard.Load() < int64(lease) {
-		return true
+	if heard := r.heard.Load(); heard != nil {
+		// The monotonic clock stands still while the machine sleeps, the other one can be set back.
+		now := time.Now()
+		if max(now.Sub(*heard), now.Round(0).Sub(heard.Round(0))) < lease {
+			return true
+		}
 	}
 	r.lapsed.Store(true)
 	return false
@@ -780,7 +784,10 @@ func (r *Relay) laneLocked(ep *Endpoint) *Lane {
 }
 
 // Touch notes that Postgres was heard of.
-func (r *Relay) Touch() { r.heard.Store(time.Now().UnixNano()) }
+func (r *Relay) Touch() {
+	now := time.Now()
+	r.heard.Store(&now)
+}
 
 // Room is nil while there is room for another event.
 func (r *Relay) Room() <-chan struct{} { return r.ledger.Room() }

@@ -612,8 +612,8 @@ func TestFindingsOfRareServers(t *testing.T) {
 		change func(*cdc.Survey)
 		want   string
 	}{
-		{"clock ahead", func(s *cdc.Survey) { s.Around.Clock = 31 * time.Second }, "31s ahead of"},
-		{"clock behind", func(s *cdc.Survey) { s.Around.Clock = -2 * time.Hour }, "2h0m0s behind"},
+		{"clock ahead", func(s *cdc.Survey) { s.Clock = 31 * time.Second }, "31s ahead of"},
+		{"clock behind", func(s *cdc.Survey) { s.Clock = -2 * time.Hour }, "2h0m0s behind"},
 		{"old minor", func(s *cdc.Survey) { s.Version = 170004 }, "can lose events"},
 		{"old minor of 14", func(s *cdc.Survey) { s.Version = 140017 }, "can lose events"},
 		{"no limit", func(s *cdc.Survey) { s.KeepSize = -1 }, "max_slot_wal_keep_size"},
@@ -637,8 +637,8 @@ func TestFindingsOfRareServers(t *testing.T) {
 		})
 	}
 	for name, change := range map[string]func(*cdc.Survey){
-		"clock nearly right":      func(s *cdc.Survey) { s.Around.Clock = 29 * time.Second },
-		"clock asked from afar":   func(s *cdc.Survey) { s.Around.Clock, s.Around.Blur = 40*time.Second, 11*time.Second },
+		"clock nearly right":      func(s *cdc.Survey) { s.Clock = 29 * time.Second },
+		"clock asked from afar":   func(s *cdc.Survey) { s.Clock, s.Blur = 40*time.Second, 11*time.Second },
 		"another's standby":       func(s *cdc.Survey) { s.SyncNames = "walhook2, notwalhook" },
 		"encrypted":               func(s *cdc.Survey) { s.Around.Remote, s.Around.Encrypted = true, true },
 		"patched minor":           func(s *cdc.Survey) { s.Version = 160009 },

@@ -50,14 +50,17 @@ func runCommand(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			log, err := newLogger(cfg.Log, cmd.ErrOrStderr())
+			lines := newLogQueue(cmd.ErrOrStderr())
+			signal.Ignore(syscall.SIGPIPE) // of a log whose reader is gone
+			log, err := newLogger(cfg.Log, lines)
 			if err != nil {
 				return err
 			}
 			defer func() { _ = log.Sync() }()
 			defer zap.RedirectStdLog(log)() // net/http speaks there of what receivers send unasked
+			hostLimits().say(log, cfg.Endpoints)
 			s := newSidecar(cfg, o, log)
-			s.once = once
+			s.once, s.lines = once, lines
 			return s.run(cmd.Context())
 		},
 	}
@@ -80,15 +83,17 @@ func newLogger(c Log, w io.Writer) (*zap.Logger, error) {
 		ec.EncodeLevel = zapcore.CapitalLevelEncoder
 		enc = zapcore.NewConsoleEncoder(ec)
 	}
-	return zap.New(zapcore.NewCore(enc, zapcore.Lock(zapcore.AddSync(w)), level)), nil
+	out := logOutput(w, enc)
+	return zap.New(zapcore.NewCore(enc, out, level), zap.ErrorOutput(out)), nil
 }
 
 // sidecar is `walhook run`: the pipeline, made anew where the database's history is, and the
 // HTTP server, which outlives pipelines.
 type sidecar struct {
-	opts *options
-	log  *zap.Logger
-	once cdc.Recovery // what the first pipeline is told to do about events that were missed
+	opts  *options
+	log   *zap.Logger
+	lines *logQueue    // of log, if it has one
+	once  cdc.Recovery // what the first pipeline is told to do about events that were missed
 
 	mu  sync.Mutex // guards what follows
 	cfg *Config
@@ -129,6 +134,9 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if s.lines != nil {
+			p.reg.MustRegister(s.lines.metric())
+		}
 		s.mu.Lock()
 		s.now = p
 		s.mu.Unlock()
@@ -141,12 +149,12 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		case errors.Is(err, cdc.ErrLost) && ctx.Err() == nil:
 			s.log.Warn("starting again to recover", zap.Error(err))
 			continue
-		case ctx.Err() != nil && !errors.Is(err, cdc.ErrNewHistory) && !errors.Is(err, outbox.ErrFenced):
+		case ctx.Err() != nil && !errors.Is(err, cdc.ErrNewHistory) && !errors.Is(err, cdc.ErrTaken) && !errors.Is(err, outbox.ErrFenced):
 			return err
 		case ctx.Err() != nil:
 			s.log.Warn("another instance has gone on before we had stopped", zap.Error(err))
 			return nil
-		case errors.Is(err, cdc.ErrNewHistory), errors.Is(err, outbox.ErrFenced):
+		case errors.Is(err, cdc.ErrNewHistory), errors.Is(err, cdc.ErrTaken), errors.Is(err, outbox.ErrFenced):
 			s.log.Warn("starting again from the checkpoint", zap.Error(err))
 		case err != nil:
 			return err
@@ -270,7 +278,8 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 	if err != nil {
 		return nil, failed{err, exitUsage}
 	}
-	p.client, err = sender.New(sender.Config{Logger: log, Version: version, Registerer: p.reg})
+	room := hostLimits()
+	p.client, err = sender.New(sender.Config{Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle})
 	if err != nil {
 		return nil, err
 	}
@@ -420,6 +429,12 @@ func (p *pipeline) export() {
 	gauge("walhook_watermark_lag_bytes", "WAL received that is not settled. Worry when it only grows.", func() float64 {
 		return float64(p.lag())
 	})
+	gauge("walhook_clock_ahead_seconds", "How far the server's clock is ahead of this machine's, looked at every 30 s. Worry beyond 30 s either way: receivers refuse timestamps that are 5 minutes off.", func() float64 {
+		if sv := p.stream.Status().Survey; sv != nil {
+			return sv.Clock.Seconds()
+		}
+		return 0
+	})
 	gauge("walhook_slot_retained_bytes", "WAL that the server keeps for the slot, looked at every 30 s. Worry when it nears max_slot_wal_keep_size or the free disk.", func() float64 {
 		if sv := p.stream.Status().Survey; sv != nil && sv.Slot != nil {
 			return float64(sv.Slot.Retained)
@@ -498,7 +513,14 @@ func (c *claims) Announce(ctx context.Context, s cdc.Session) error {
 	return copyFault(c.store.Announce(ctx, holder(s)))
 }
 
-func (c *claims) Mark(ctx context.Context, gap string) error { return c.store.SaveGap(ctx, gap) }
+// Mark fails as Claim does where somebody else held the slot since our last claim.
+func (c *claims) Mark(ctx context.Context, gap string) error {
+	err := c.store.SaveGap(ctx, gap)
+	if errors.Is(err, outbox.ErrFenced) {
+		return cdc.Halt(outbox.ErrFenced)
+	}
+	return err
+}
 
 func (c *claims) Proven(asOf time.Time) { c.store.Proven(asOf) }
 
@@ -527,7 +549,7 @@ func (c *claims) Fill(ctx context.Context, s cdc.Session, xmin uint64) (outbox.F
 }
 
 func holder(s cdc.Session) store.Holder {
-	return store.Holder{SystemIdentifier: s.SystemID, At: s.Slot.Confirmed, Tables: s.Tables}
+	return store.Holder{SystemIdentifier: s.SystemID, At: s.Slot.Confirmed, Tables: s.Tables, Xmin: s.Xmin}
 }
 
 // copyFault says what a copy of a database is to wait for.

@@ -20,6 +20,8 @@ import (
 const (
 	silentAfter = 45 * time.Second
 	stuckAfter  = 30 * time.Second
+	// clockOffAfter leaves a minute of what receivers take.
+	clockOffAfter = 4 * time.Minute
 )
 
 // server is health and metrics over HTTP.
@@ -110,6 +112,8 @@ func (s *sidecar) health() health {
 			h.Reason = "Postgres is silent"
 		case p.relay.Fault() != nil:
 			h.Reason = "nothing can be parked: " + p.relay.Fault().Error()
+		case st.Survey != nil && st.Survey.Clock.Abs() > clockOffAfter+st.Survey.Blur:
+			h.Reason = st.Survey.ClockOff() + ": receivers refuse what is 5 minutes off"
 		case stuck > stuckAfter:
 			h.Reason = fmt.Sprintf("the watermark has not moved for %s", stuck.Round(time.Second))
 		default:

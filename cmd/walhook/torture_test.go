@@ -175,7 +175,7 @@ type world struct {
 	frozen     map[*victim]harm
 	done       map[act]int
 	took       map[string][]time.Duration // measured on the way, by name
-	phantoms   int                        // rows that were gone with a primary
+	phantoms   int                        // requests with rows that are gone with a primary
 }
 
 func newWorld(t *testing.T, p plan) *world {
@@ -567,7 +567,7 @@ func (w *world) thaw(v *victim) {
 
 // toPostgres performs a step upon the server. The next one waits until it is done.
 func (w *world) toPostgres(s deed) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
 	now := time.Now()
 	w.mu.Lock()
@@ -949,7 +949,7 @@ func (w *world) report(v *verdict, rows, requests, dead int, took time.Duration)
 	f.add("deaths that nothing explains", len(v.deaths))
 	f.add("dead with a reason", dead)
 	if w.standby == unready {
-		f.add("delivered, and gone with the old primary", w.phantoms)
+		f.add("requests with rows that are gone with an old primary", w.phantoms)
 	}
 	sum := 0
 	for _, a := range kills {

@@ -38,6 +38,7 @@ type Holder struct {
 	SystemIdentifier string            // as IDENTIFY_SYSTEM told the connection that has the slot
 	At               cdc.LSN           // where the slot stands
 	Tables           map[string]uint32 // OIDs of the published tables by their quoted names; nil leaves what is recorded
+	Xmin             uint64            // every transaction id below it had ended when the slot was made; zero is not known
 }
 
 // tables is null where nothing is known of them.
@@ -276,8 +277,8 @@ func (t *taken) rollback() {
 
 // A checkpoint that is there stays as it is. One that was made has no holder yet.
 const insertCheckpoint = `
-insert into walhook.checkpoints (slot, instance, system_identifier, database, epoch, lsn, tables, hosts, server)
-values ($1, $2, $3, $4, 0, $5::text::pg_lsn, $6::text::jsonb, $7, $8)
+insert into walhook.checkpoints (slot, instance, system_identifier, database, epoch, lsn, tables, hosts, server, snap_xmin, proven_xmin)
+values ($1, $2, $3, $4, 0, $5::text::pg_lsn, $6::text::jsonb, $7, $8, nullif($9::text, '0')::numeric, nullif($9::text, '0')::numeric)
 on conflict (slot) do nothing`
 
 func (s *Store) makeCheckpoint(ctx context.Context, tx pgx.Tx, h Holder, here Identity, at cdc.LSN) (made bool, err error) {
@@ -286,7 +287,7 @@ func (s *Store) makeCheckpoint(ctx context.Context, tx pgx.Tx, h Holder, here Id
 		return false, err
 	}
 	tag, err := tx.Exec(ctx, insertCheckpoint, s.slot, here.Instance, here.SystemIdentifier, here.Database, at.String(), tables,
-		here.Hosts, here.Server)
+		here.Hosts, here.Server, strconv.FormatUint(h.Xmin, 10))
 	return tag.RowsAffected() == 1, err
 }
 
