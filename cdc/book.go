@@ -26,7 +26,7 @@ type Record struct {
 	Xmin   uint64            // every transaction id below it had ended before LSN; zero is not known
 	Proven uint64            // Xmin as of the last look that found publication and tables as they should be
 	Gap    string            // why committed rows may be missing from the stream; empty where nothing is known
-	Tables map[string]uint32 // OIDs of the published tables by their names as SQL takes them; nil is not known
+	Tables map[string]uint32 // OIDs of the published tables by their names as SQL takes them, and their entries in the publication; nil is not known
 }
 
 // missed is how the rows are found that the stream may have missed.
@@ -112,6 +112,7 @@ func (s *Survey) Drift(cfg *Config, rec *Record) string {
 	for i := range s.Tables {
 		f := &s.Tables[i]
 		was, known := rec.Tables[f.String()]
+		entry := rec.Tables[s.entryOf(f)]
 		if !known || f.OID == 0 { // what is not there is waited for; what comes in its place has another OID
 			continue
 		}
@@ -128,18 +129,33 @@ func (s *Survey) Drift(cfg *Config, rec *Record) string {
 			return "publication " + cfg.Publication + " did not publish inserts"
 		case !p.ViaRoot && f.Kind == 'p':
 			return "publication " + cfg.Publication + " published the partitions of " + f.String() + " under their own names"
+		case entry != 0 && f.Entry != 0 && f.Entry != entry:
+			return "table " + f.String() + " was taken out of publication " + cfg.Publication + " or published in part, and put back"
 		}
 	}
 	return ""
 }
 
-// tables are the OIDs of the tables that are there.
+// tables are the OIDs of the tables that are there, and what tells their entries in the publication
+// from any before or after: what was set and taken away again has left no other trace.
 func (s *Survey) tables() map[string]uint32 {
-	m := make(map[string]uint32, len(s.Tables))
+	m := make(map[string]uint32, 2*len(s.Tables))
 	for i := range s.Tables {
-		if f := &s.Tables[i]; f.OID != 0 {
+		f := &s.Tables[i]
+		if f.OID != 0 {
 			m[f.String()] = f.OID
+		}
+		if f.Entry != 0 {
+			m[s.entryOf(f)] = f.Entry
 		}
 	}
 	return m
+}
+
+// entryOf is by what name a Record has the entry of a table.
+func (s *Survey) entryOf(f *Found) string {
+	if s.Publication == nil {
+		return ""
+	}
+	return f.String() + " in " + quoteName(s.Publication.Name)
 }

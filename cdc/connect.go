@@ -78,7 +78,7 @@ func (cfg *Config) connectLong(ctx context.Context) (*pgx.Conn, error) {
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0"
 	c.RuntimeParams["lock_timeout"] = "10000"
 	c.RuntimeParams["row_security"] = "off"
-	c.AfterConnect = takeBytes
+	c.AfterConnect = forRows
 	return pgx.ConnectConfig(ctx, c)
 }
 
@@ -90,10 +90,27 @@ func (cfg *Config) connectReplication(ctx context.Context, notice func(*pgconn.N
 		return nil, err
 	}
 	c.RuntimeParams["replication"] = "database"
+	c.RuntimeParams["statement_timeout"] = "0"
+	c.RuntimeParams["lock_timeout"] = "0"                        // a new slot waits for whoever writes
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "0" // a new slot's snapshot is held while rows are read under it
 	c.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) { notice(n) }
-	c.AfterConnect = takeBytes
+	c.AfterConnect = forRows
 	return pgconn.ConnectConfig(ctx, &c.Config)
+}
+
+// forRows sets up a session that reads rows.
+func forRows(ctx context.Context, conn *pgconn.PgConn) error {
+	if err := takeBytes(ctx, conn); err != nil {
+		return err
+	}
+	return patient(ctx, conn)
+}
+
+// patient has the server leave alone a session that says nothing for long, or whose transaction takes
+// long, whatever the defaults. (transaction_timeout is there from 17 on.)
+func patient(ctx context.Context, conn *pgconn.PgConn) error {
+	_, err := conn.Exec(ctx, "select set_config(name, '0', false) from pg_settings where name in ('idle_session_timeout', 'transaction_timeout')").ReadAll()
+	return err
 }
 
 // takeBytes has rows of a database that checks no encoding come as they are. It may hold what is no

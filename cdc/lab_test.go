@@ -3,12 +3,15 @@ package cdc
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +19,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
@@ -261,6 +265,30 @@ func (r *running) untilRows(n int) {
 	r.until(fmt.Sprintf("%d rows", n), func() bool { return r.sink.count() >= n })
 }
 
+// remember makes the record say which transactions are settled, as a store does: first the oldest
+// that runs, then the end of the WAL; once the stream has passed that, and a look at the catalogue has found
+// all well, it is proven. The sink must confirm.
+func (r *running) remember(l *lab) (xmin uint64) {
+	r.t.Helper()
+	xmin, err := strconv.ParseUint(l.value("pg_snapshot_xmin(pg_current_snapshot())"), 10, 64)
+	require.NoError(r.t, err)
+	taken, end := time.Now(), l.walEnd()
+	r.until("the stream to pass what is remembered", func() bool {
+		r.sink.mu.Lock()
+		defer r.sink.mu.Unlock()
+		return r.sink.at.LSN >= end
+	})
+	r.sink.mu.Lock()
+	r.sink.xmin, r.sink.taken = xmin, taken
+	r.sink.mu.Unlock()
+	r.until("a good look", func() bool {
+		r.sink.mu.Lock()
+		defer r.sink.mu.Unlock()
+		return r.sink.provenTo == xmin
+	})
+	return xmin
+}
+
 func (r *running) untilEnd() error {
 	r.t.Helper()
 	r.until("the end of Run", func() bool {
@@ -300,10 +328,14 @@ type sink struct {
 	made      bool // the checkpoint exists
 	announced bool
 	gap       string
-	xmin      uint64
+	xmin      uint64    // as of the last remember or fill
+	taken     time.Time // when that was
+	provenTo  uint64    // xmin as of the last good look behind it
 	tables    map[string]uint32
-	filled    int // fills that were committed
-	proven    int // looks that found all well
+	column    string // rows of tables that lack it cannot be read
+	filled    int    // fills that were committed
+	proven    int    // looks that found all well
+	left      int    // times that the slot was let go
 	full      chan struct{}
 	confirms  bool          // everything handed on is confirmed at once, once its transaction has ended
 	slow      time.Duration // from one row until there is room for the next
@@ -315,6 +347,7 @@ type sink struct {
 	onFill       func(n int) error
 	onClaim      func(Session) error
 	onCheckpoint func() error
+	onMark       func() error
 	onResolve    func([]Found) error
 }
 
@@ -337,10 +370,23 @@ func (s *sink) signal() {
 }
 
 func (s *sink) Resolve(tables []Found) error {
+	for i := range tables {
+		if err := s.readable(tables[i].Relation()); err != nil {
+			return err
+		}
+	}
 	if s.onResolve != nil {
 		return s.onResolve(tables)
 	}
 	return nil
+}
+
+// readable stands for the mapping of columns.
+func (s *sink) readable(rel *Relation) error {
+	if s.column == "" || slices.ContainsFunc(rel.Columns, func(c Column) bool { return c.Name == s.column }) {
+		return nil
+	}
+	return &Fault{State: Waiting, Reason: "column " + s.column + " is missing"}
 }
 
 func (s *sink) Read(context.Context, string) (*Record, error) {
@@ -357,7 +403,7 @@ func (s *sink) Read(context.Context, string) (*Record, error) {
 	case !s.made:
 		return nil, nil
 	}
-	return &Record{LSN: s.at.LSN, Xmin: s.xmin, Proven: s.xmin, Gap: s.gap, Tables: s.tables}, nil
+	return &Record{LSN: s.at.LSN, Xmin: s.xmin, Proven: s.provenTo, Gap: s.gap, Tables: s.tables}, nil
 }
 
 func (s *sink) Announce(context.Context, Session) error {
@@ -368,14 +414,21 @@ func (s *sink) Announce(context.Context, Session) error {
 }
 
 func (s *sink) Mark(_ context.Context, gap string) error {
+	var err error
+	if s.onMark != nil {
+		err = s.onMark()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.gap == "" {
+	if s.gap == "" && !errors.Is(err, errNotWritten) {
 		s.gap = gap
 	}
 	s.signal()
-	return nil
+	return err
 }
+
+// errNotWritten is an error of Mark that did nothing; after any other, the gap is there all the same.
+var errNotWritten = errors.New("not written")
 
 func (s *sink) marked() string {
 	s.mu.Lock()
@@ -383,14 +436,28 @@ func (s *sink) marked() string {
 	return s.gap
 }
 
-func (s *sink) Proven(time.Time) {
+func (s *sink) Proven(asOf time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.proven++
+	if s.taken.Before(asOf) {
+		s.provenTo = s.xmin
+	}
 	s.signal()
 }
 
-func (s *sink) Leave(context.Context) {}
+func (s *sink) Leave(context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left++
+	s.signal()
+}
+
+func (s *sink) leftCount() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.left
+}
 
 func (s *sink) Fill(_ context.Context, session Session, xmin uint64) (Fill, error) {
 	return &fill{s: s, session: session, xmin: xmin}, nil
@@ -404,7 +471,12 @@ type fill struct {
 	rows    []got
 }
 
-func (f *fill) Order(rel *Relation) string { return rel.Columns[0].Name }
+func (f *fill) Order(rel *Relation) string {
+	if id := rel.Columns[0]; slices.Contains([]uint32{pgtype.Int2OID, pgtype.Int4OID, pgtype.Int8OID}, id.TypeOID) {
+		return id.Name
+	}
+	return ""
+}
 
 func (f *fill) Row(_ context.Context, r *Row) error {
 	if f.s.onFill != nil {
@@ -416,13 +488,16 @@ func (f *fill) Row(_ context.Context, r *Row) error {
 	return nil
 }
 
-func (f *fill) Commit(context.Context) error {
+func (f *fill) Commit(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	s := f.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rows = append(s.rows, f.rows...)
 	s.at, s.made, s.announced, s.gap = Resume{LSN: f.session.Slot.Confirmed}, true, false, ""
-	s.xmin, s.tables = f.xmin, f.session.Tables
+	s.xmin, s.provenTo, s.tables = f.xmin, f.xmin, f.session.Tables
 	s.filled++
 	s.signal()
 	return nil
@@ -478,6 +553,11 @@ func gotOf(r *Row) got {
 }
 
 func (s *sink) Row(r *Row) error {
+	if r.Relation != nil {
+		if err := s.readable(r.Relation); err != nil {
+			return err
+		}
+	}
 	g := gotOf(r)
 	if s.onRow != nil {
 		if err := s.onRow(s.count() + 1); err != nil {

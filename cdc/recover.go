@@ -37,6 +37,9 @@ type Fill interface {
 	Abort()
 }
 
+// dropTimeout bounds how long a stop waits for the slot of a snapshot that it cut short.
+const dropTimeout = 5 * time.Second
+
 // ErrLost says that rows were missed and are to be sent again, which needs a stop of what
 // runs: the next start does it.
 var ErrLost = errors.New("the stream has missed rows and is recovered")
@@ -70,9 +73,9 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	}
 	defer closeSQL(sql)
 	// One of several instances does it.
-	var alone bool
-	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
+	alone, err := s.alone(ctx, sql)
+	if err != nil {
+		return nil, err
 	}
 	if !alone {
 		return nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
@@ -113,9 +116,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	}, sv, snapshot, xmin, m, mode)
 	if err != nil {
 		// It would keep WAL until the next try, and nothing was read from it.
-		drop, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.limits.open)
-		defer cancel()
-		if _, dropErr := sql.Exec(drop, "select pg_drop_replication_slot($1)", s.cfg.Slot); dropErr != nil {
+		if dropErr := s.dropUnread(ctx, sql, slot); dropErr != nil {
 			s.log.Warn("the slot of a recovery that failed could not be dropped; the next try does it", zap.Error(dropErr))
 		}
 		return nil, err
@@ -126,6 +127,33 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	}
 	s.log.Info("recovered: the rows that may have been missed are parked", zap.Int64("rows", n), zap.Stringer("lsn", slot.Confirmed), zap.String("cause", f.Reason))
 	return slot, nil
+}
+
+// dropUnread drops the slot that we made, also where the end of ctx has closed sql. Then another
+// instance may be about to make one of its own.
+func (s *Stream) dropUnread(ctx context.Context, sql *pgx.Conn, slot *Slot) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropTimeout)
+	defer cancel()
+	if sql.IsClosed() {
+		var err error
+		if sql, err = s.cfg.connectSQL(ctx); err != nil {
+			return redact(err)
+		}
+		defer closeSQL(sql)
+		if alone, err := s.alone(ctx, sql); err != nil || !alone {
+			return err
+		}
+	}
+	_, err := sql.Exec(ctx, "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn = $2::text::pg_lsn", slot.Name, slot.Confirmed.String())
+	return err
+}
+
+// alone takes the lock of who makes the slot, for as long as sql lives.
+func (s *Stream) alone(ctx context.Context, sql *pgx.Conn) (alone bool, err error) {
+	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
+		return false, fmt.Errorf("lock: %w", err)
+	}
+	return alone, nil
 }
 
 // cost is what a recovery would send again.

@@ -547,15 +547,17 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 		return nil, connectFault(err)
 	}
 	defer closeSQL(conn)
+	// In this order: a record that another instance has made since we looked tells of tables that we
+	// have not seen yet.
+	rec, err := s.book.Read(ctx, "")
+	if err != nil {
+		return nil, err
+	}
 	sv, err := survey(ctx, conn, &s.cfg)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { s.setSurvey(sv) }()
-	rec, err := s.book.Read(ctx, "")
-	if err != nil {
-		return nil, err
-	}
 	if rec == nil || rec.Gap != "" { // nothing can be missed, or it is written down although the answer was lost
 		s.gap = ""
 	}
