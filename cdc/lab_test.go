@@ -345,6 +345,7 @@ type sink struct {
 	// These are called without the lock.
 	onRow        func(n int) error
 	onFill       func(n int) error
+	onFilled     func() error // after the rows are there
 	onClaim      func(Session) error
 	onCheckpoint func() error
 	onMark       func() error
@@ -500,6 +501,9 @@ func (f *fill) Commit(ctx context.Context) error {
 	s.xmin, s.provenTo, s.tables = f.xmin, f.xmin, f.session.Tables
 	s.filled++
 	s.signal()
+	if s.onFilled != nil {
+		return s.onFilled()
+	}
 	return nil
 }
 

@@ -73,9 +73,9 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	}
 	defer closeSQL(sql)
 	// One of several instances does it.
-	alone, err := s.alone(ctx, sql)
-	if err != nil {
-		return nil, err
+	var alone bool
+	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
 	}
 	if !alone {
 		return nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
@@ -129,31 +129,23 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	return slot, nil
 }
 
-// dropUnread drops the slot that we made, also where the end of ctx has closed sql. Then another
-// instance may be about to make one of its own.
+// dropUnread drops the slot that we made, also where the end of ctx has closed sql: not one that
+// another instance has made since, nor where the commit of the rows was done and only its answer lost.
 func (s *Stream) dropUnread(ctx context.Context, sql *pgx.Conn, slot *Slot) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropTimeout)
 	defer cancel()
+	rec, err := s.book.Read(ctx, "")
+	if err != nil || rec != nil && rec.LSN == slot.Confirmed {
+		return err
+	}
 	if sql.IsClosed() {
-		var err error
 		if sql, err = s.cfg.connectSQL(ctx); err != nil {
 			return redact(err)
 		}
 		defer closeSQL(sql)
-		if alone, err := s.alone(ctx, sql); err != nil || !alone {
-			return err
-		}
 	}
-	_, err := sql.Exec(ctx, "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn = $2::text::pg_lsn", slot.Name, slot.Confirmed.String())
+	_, err = sql.Exec(ctx, "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1 and confirmed_flush_lsn = $2::text::pg_lsn", slot.Name, slot.Confirmed.String())
 	return err
-}
-
-// alone takes the lock of who makes the slot, for as long as sql lives.
-func (s *Stream) alone(ctx context.Context, sql *pgx.Conn) (alone bool, err error) {
-	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
-		return false, fmt.Errorf("lock: %w", err)
-	}
-	return alone, nil
 }
 
 // cost is what a recovery would send again.

@@ -169,7 +169,7 @@ func TestSnapshotThatFailsIsTakenAnewAndLeavesNothing(t *testing.T) {
 	}
 	conn := l.session()
 	looked := 0
-	s.onCheckpoint = func() error {
+	s.onResolve = func([]Found) error { // before the next try
 		if tries > 0 && s.filled == 0 {
 			looked++
 			if at := l.confirmedBy(conn); at != 0 {
@@ -262,6 +262,20 @@ func TestEndAmidstTheSnapshotLeavesNoSlot(t *testing.T) {
 	r = l.run(s, initial)
 	r.untilState(Streaming)
 	l.requireOnce(s)
+}
+
+func TestSnapshotWhoseCommitIsNotAnsweredStands(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.exec(`insert into outbox (note) select 'before ' || n from generate_series(1, 100) n`)
+	s := &sink{}
+	s.onFilled = func() error { return errors.New("the answer is lost") }
+	r := l.run(s, initial)
+	r.untilState(Streaming)
+	l.insert("after")
+	r.untilNote("after")
+	l.requireOnce(s)
+	require.Equal(t, 1, s.filled)
 }
 
 func TestSlotWithoutARecordIsNoFirstSnapshot(t *testing.T) {

@@ -229,10 +229,10 @@ func (l *logBuffer) line(t *testing.T, parts ...string) string {
 	}
 }
 
-func start(t *testing.T, config string) *program {
+func start(t *testing.T, config string, args ...string) *program {
 	t.Helper()
 	p := &program{t: t, log: &logBuffer{changed: make(chan struct{})}}
-	p.cmd = exec.Command(os.Args[0], "run", "--config", config)
+	p.cmd = exec.Command(os.Args[0], append([]string{"run", "--config", config}, args...)...)
 	p.cmd.Env = append(os.Environ(), "WALHOOK_TEST_AS_PROGRAM=1")
 	p.cmd.Stderr = p.log
 	p.cmd.SysProcAttr = dieWithUs()
