@@ -496,7 +496,7 @@ func (f *fill) Commit(ctx context.Context) error {
 	s := f.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rows = append(s.rows, f.rows...)
+	s.rows, s.open = append(s.rows, f.rows...), false
 	s.at, s.made, s.announced, s.gap = Resume{LSN: f.session.Slot.Confirmed}, true, false, ""
 	s.xmin, s.provenTo, s.tables = f.xmin, f.xmin, f.session.Tables
 	s.filled++

@@ -125,7 +125,11 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 	if !m.initial && s.recovery != RecoverAsk {
 		s.recovery = s.cfg.Recover // an order is carried out once
 	}
-	s.log.Info("recovered: the rows that may have been missed are parked", zap.Int64("rows", n), zap.Stringer("lsn", slot.Confirmed), zap.String("cause", f.Reason))
+	what := "recovered: the rows that may have been missed are parked"
+	if m.initial {
+		what = "the first snapshot is taken: the rows that were there are parked"
+	}
+	s.log.Info(what, zap.Int64("rows", n), zap.Stringer("lsn", slot.Confirmed), zap.String("cause", f.Reason))
 	return slot, nil
 }
 
