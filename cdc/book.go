@@ -44,7 +44,7 @@ func (s *Survey) Judge(cfg *Config, rec *Record, flushed LSN) *Fault {
 	case rec == nil && slot == nil:
 		return nil
 	case rec == nil && !slot.usable():
-		f := lostSlot(slot, nil)
+		f := cfg.lostSlot(slot, nil)
 		f.Remedy = fmt.Sprintf("nothing was ever read from it: select pg_drop_replication_slot(%s), and a new one is made", quoteText(slot.Name))
 		return f
 	case rec == nil && cfg.Snapshot:
@@ -58,26 +58,27 @@ func (s *Survey) Judge(cfg *Config, rec *Record, flushed LSN) *Fault {
 	case rec.LSN == 0:
 		return &Fault{State: Recovering, Reason: "the first snapshot is not finished", missed: &missed{initial: true}}
 	case rec.Gap != "":
-		return &Fault{State: Lost, Reason: rec.Gap + ": rows committed since may be in the outbox table only", Remedy: remedyRecover(cfg.Slot, what), missed: &missed{xmin: rec.Proven}}
+		return &Fault{State: Lost, Reason: rec.Gap + ": rows committed since may be in the outbox table only", Remedy: cfg.remedyRecover(what), missed: &missed{xmin: rec.Proven}}
 	case slot == nil:
 		return &Fault{
 			State:  Lost,
 			Reason: "slot " + cfg.Slot + " is gone, although a checkpoint at " + rec.LSN.String() + " tells of it: events since may be in the outbox table only",
-			Remedy: remedyRecover(cfg.Slot, what), missed: &missed{xmin: rec.Xmin},
+			Remedy: cfg.remedyRecover(what), missed: &missed{xmin: rec.Xmin},
 		}
 	case !slot.usable():
-		return lostSlot(slot, &missed{xmin: rec.Xmin})
+		return cfg.lostSlot(slot, &missed{xmin: rec.Xmin})
 	case rec.LSN > max(flushed, s.FlushLSN):
 		return &Fault{
 			State:  Lost,
 			Reason: fmt.Sprintf("the checkpoint is at %s, but the WAL of this server ends at %s: it is another history (a restored or promoted database)", rec.LSN, max(flushed, s.FlushLSN)),
-			Remedy: remedyNone(slot.Name),
+			Remedy: "`walhook run --recover=all` sends all rows of the outbox again; " + cfg.remedyNone(),
+			missed: &missed{}, // transaction ids of another history tell nothing
 		}
 	case slot.Confirmed > rec.LSN:
 		return &Fault{
 			State:  Lost,
 			Reason: fmt.Sprintf("slot %s stands at %s, but we have settled only up to %s: somebody else read or advanced it, and events in between may be in the outbox table only", slot.Name, slot.Confirmed, rec.LSN),
-			Remedy: remedyRecover(cfg.Slot, what), missed: &missed{xmin: rec.Xmin},
+			Remedy: cfg.remedyRecover(what), missed: &missed{xmin: rec.Xmin},
 		}
 	}
 	return nil
@@ -85,24 +86,29 @@ func (s *Survey) Judge(cfg *Config, rec *Record, flushed LSN) *Fault {
 
 func (s *Slot) usable() bool { return s.WALStatus != "lost" && s.Invalid == "" }
 
-func lostSlot(slot *Slot, m *missed) *Fault {
+func (cfg *Config) lostSlot(slot *Slot, m *missed) *Fault {
 	why := slot.Invalid
 	if why == "" {
 		why = "its WAL was removed"
 	}
 	return &Fault{
-		State: Lost, missed: m, Remedy: remedyRecover(slot.Name, "what may have been missed"),
+		State: Lost, missed: m, Remedy: cfg.remedyRecover("what may have been missed"),
 		Reason: "slot " + slot.Name + " is invalid (" + why + "): events since " + slot.Confirmed.String() + " may be in the outbox table only",
 	}
 }
 
 // remedyRecover are the two ways out of a loss.
-func remedyRecover(slot, what string) string {
-	return "`walhook run --recover`, or cdc.recover: auto, makes a new slot and sends " + what + "; " + remedyNone(slot)
+func (cfg *Config) remedyRecover(what string) string {
+	return "`walhook run --recover`, or cdc.recover: auto, makes a new slot and sends " + what + "; " + cfg.remedyNone()
 }
 
-func remedyNone(slot string) string {
-	return fmt.Sprintf("`walhook run --recover=none` goes on from now on, without it, as does: select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = %s; delete from walhook.checkpoints where slot = %s", quoteText(slot), quoteText(slot))
+func (cfg *Config) remedyNone() string {
+	remedy := "`walhook run --recover=none` goes on from now on, without it"
+	if cfg.Snapshot { // what forgets the slot would have all rows of the table sent as at the first start
+		return remedy
+	}
+	slot := quoteText(cfg.Slot)
+	return fmt.Sprintf("%s, as does: select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = %s; delete from walhook.checkpoints where slot = %s", remedy, slot, slot)
 }
 
 // Drift tells what in the catalogue has kept, or may have kept, rows of a table out of the stream

@@ -130,6 +130,24 @@ func (st *StandbyHost) ready() (bool, string) {
 	return true, ""
 }
 
+// waitable are the physical slots to be named in synchronized_standby_slots. One that nobody uses, as a
+// backup or a standby of old leaves it, would stop everything.
+func (a *Around) waitable() []string {
+	var slots []string
+	for i := range a.Standbys {
+		if slot := a.Standbys[i].Physical; slot != "" && slices.Contains(a.Attached, slot) {
+			slots = append(slots, slot)
+		}
+	}
+	switch {
+	case len(slots) > 0:
+		return slots
+	case len(a.Attached) > 0:
+		return a.Attached
+	}
+	return a.Physical
+}
+
 // judgeFailover tells what a failover would cost.
 func (s *Survey) judgeFailover(cfg *Config, ok func(string, string, ...any), warn func(string, string, string)) {
 	a := s.Around
@@ -153,7 +171,7 @@ func (s *Survey) judgeFailover(cfg *Config, ok func(string, string, ...any), war
 		warn("failover", "slot "+s.Slot.Name+" is not one that standbys take over", "walhook makes it one when it takes the slot the next time (cdc.failover: auto)")
 	}
 	if strings.TrimSpace(s.StandbyNames) == "" {
-		warn("failover", "synchronized_standby_slots is empty", "a standby that is promoted may lack what walhook has sent or parked already; on the primary: alter system set synchronized_standby_slots = "+quoteText(strings.Join(a.Physical, ","))+"; select pg_reload_conf()")
+		warn("failover", "synchronized_standby_slots is empty", "a standby that is promoted may lack what walhook has sent or parked already; on the primary: alter system set synchronized_standby_slots = "+quoteText(strings.Join(a.waitable(), ","))+"; select pg_reload_conf()")
 		return
 	}
 	for _, name := range strings.Split(s.StandbyNames, ",") {
@@ -203,6 +221,11 @@ const standbyLook = time.Second
 // awaitStandby returns when the walsender does not wait for a standby, and says meanwhile that it does.
 func (s *Stream) awaitStandby(ctx context.Context, conn *pgx.Conn, sv *Survey) error {
 	said := false
+	defer func() { // also where the look failed: the next one says it again
+		if said && ctx.Err() == nil {
+			s.setStatus(Streaming, nil)
+		}
+	}()
 	for sv.Slot != nil && sv.Slot.Wait == standbyWait && sleep(ctx, standbyLook) {
 		slot, err := readSlot(ctx, conn, s.cfg.Slot)
 		if err != nil {
@@ -218,9 +241,6 @@ func (s *Stream) awaitStandby(ctx context.Context, conn *pgx.Conn, sv *Survey) e
 			Reason: "Postgres sends nothing until the standbys of synchronized_standby_slots (" + sv.StandbyNames + ") have it",
 			Remedy: "start the standby, or take it out of synchronized_standby_slots on the primary",
 		})
-	}
-	if said && ctx.Err() == nil {
-		s.setStatus(Streaming, nil)
 	}
 	return nil
 }

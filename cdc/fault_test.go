@@ -73,3 +73,11 @@ func TestMinorVersionsThatLoseRowsAreKnown(t *testing.T) {
 		require.Equal(t, loses, losesOnAddTable(version), version)
 	}
 }
+
+// PG 18 skips a publication that is gone, and says so in the language of lc_messages.
+func TestNoticeOfSkippedEventsIsKnownInEveryLanguage(t *testing.T) {
+	t.Parallel()
+	require.True(t, fatalNotice(&pgconn.Notice{Message: `skipped loading publication "p"`}))
+	require.True(t, fatalNotice(&pgconn.Notice{Message: `das Laden der Publikation »p« wurde übersprungen`, Routine: "LoadPublications"}))
+	require.False(t, fatalNotice(&pgconn.Notice{Message: "checkpoint complete", Routine: "LogCheckpointEnd"}))
+}

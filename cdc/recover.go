@@ -122,9 +122,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 		return nil, err
 	}
 	s.cost = nil
-	if !m.initial && s.recovery != RecoverAsk {
-		s.recovery = s.cfg.Recover // an order is carried out once
-	}
+	s.recovery = s.cfg.Recover // an order is carried out once
 	what := "recovered: the rows that may have been missed are parked"
 	if m.initial {
 		what = "the first snapshot is taken: the rows that were there are parked"
@@ -236,14 +234,14 @@ func (s *Stream) judgeCost(f *Fault, mode Recovery, sv *Survey) *Fault {
 	case c.err != nil:
 		lost.Reason += "; what would be sent again cannot be counted"
 		lost.Err = c.err
-	case mode == RecoverAsk:
-		lost.Remedy = remedyRecover(s.cfg.Slot, what)
 	case c.missed.xmin == 0:
 		lost.Reason += "; nothing tells since when"
-		lost.Remedy = "`walhook run --recover=all` sends " + what + "; " + remedyNone(s.cfg.Slot)
+		lost.Remedy = "`walhook run --recover=all` sends " + what + "; " + s.cfg.remedyNone()
+	case mode == RecoverAsk:
+		lost.Remedy = s.cfg.remedyRecover(what)
 	case c.rows > limit:
 		lost.Reason += fmt.Sprintf("; it would send %s, more than the %d that are sent without being asked for (a table that was rewritten or updated looks new)", what, limit)
-		lost.Remedy = "`walhook run --recover=all` sends them; a higher cdc.max_recovery allows it for good; " + remedyNone(s.cfg.Slot)
+		lost.Remedy = "`walhook run --recover=all` sends them; a higher cdc.max_recovery allows it for good; " + s.cfg.remedyNone()
 	default:
 		return nil
 	}
@@ -325,8 +323,10 @@ func (s *Stream) fillTable(ctx context.Context, sql *pgx.Conn, fill Fill, f *Fou
 	if by := fill.Order(rel); by != "" {
 		order = quoteName(by) + ", " + order
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	results := sql.PgConn().Exec(ctx, "select "+strings.Join(columns, ", ")+" from "+f.from()+where+" order by "+order)
 	defer func() { _ = results.Close() }()
+	defer cancel() // before Close, which else would read what is left of the table
 	for results.NextResult() {
 		rows := results.ResultReader()
 		for rows.NextRow() {

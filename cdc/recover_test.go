@@ -617,6 +617,17 @@ func TestSuspiciouslyManyRowsAreNotSentWithoutAQuestion(t *testing.T) {
 	l.requireAgain(s, xmin)
 }
 
+// Whoever makes the slot by hand is not told to, as that alone would leave out what was missed.
+func TestSlotThatWeMayNotCreateIsLostToo(t *testing.T) {
+	t.Parallel()
+	l, _, _ := rememberAndLose(t, 5)
+	s := &sink{made: true, at: Resume{LSN: l.walEnd()}, xmin: 3}
+	r := l.run(s, func(s *Stream) { quick(s); s.cfg.Create = false })
+	f := r.untilRemedy("--recover")
+	require.Equal(t, Lost, f.State)
+	require.Contains(t, f.Reason, "is gone")
+}
+
 func TestOrderToGoOnWithoutWhatWasMissed(t *testing.T) {
 	t.Parallel()
 	l, s, _ := rememberAndLose(t, 5)
@@ -626,6 +637,35 @@ func TestOrderToGoOnWithoutWhatWasMissed(t *testing.T) {
 	r.untilNote("after")
 	require.Equal(t, []string{"before", "after"}, s.notes())
 	require.Equal(t, 1, s.filled)
+}
+
+// Neither is one that came while another instance held the slot, and found no loss.
+func TestOrderIsForgottenWhereTheStartFindsNoLoss(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	s := &sink{confirms: true}
+	first := l.run(s, quick)
+	first.untilState(Streaming)
+	second := l.run(s, once(RecoverNone, 20))
+	second.untilState(Standby)
+	l.insert("before")
+	first.untilRows(1)
+	first.remember(l)
+	first.halt()
+	second.until("the other one takes the slot", func() bool { return second.Status().State == Streaming })
+	second.halt()
+	require.Equal(t, RecoverAsk, second.recovery)
+}
+
+// Where the first start takes a snapshot, to forget the slot would send the whole table.
+func TestNobodyIsToldToForgetASlotWithASnapshot(t *testing.T) {
+	t.Parallel()
+	for _, snapshot := range []bool{false, true} {
+		cfg := &Config{Slot: "s", Snapshot: snapshot}
+		f := (&Survey{}).Judge(cfg, &Record{LSN: 8}, 16)
+		require.Contains(t, f.Remedy, "--recover=none")
+		require.Equal(t, !snapshot, strings.Contains(f.Remedy, "delete from walhook.checkpoints"))
+	}
 }
 
 // An order is for what the start finds: a loss of later waits for another one.
@@ -920,6 +960,34 @@ func (l *lab) hold(application string) *pgconn.PgConn {
 	return conn
 }
 
+// newRole makes a role that may replicate and nothing else.
+func (l *lab) newRole() string {
+	l.t.Helper()
+	admin, role := l.url, "reader_"+strings.TrimPrefix(l.slot, "slot_walhook_test_")
+	l.exec(`create role ` + role + ` login replication`)
+	l.t.Cleanup(func() {
+		conn, err := pgx.Connect(context.Background(), admin)
+		if err != nil {
+			l.t.Errorf("drop role: %v", err)
+			return
+		}
+		defer closeSQL(conn)
+		if _, err := conn.Exec(context.Background(), `drop owned by `+role+`; drop role `+role); err != nil {
+			l.t.Errorf("drop role: %v", err)
+		}
+	})
+	return role
+}
+
+// as has Streams connect as the role.
+func (l *lab) as(role string) {
+	l.t.Helper()
+	u, err := url.Parse(l.url)
+	require.NoError(l.t, err)
+	u.User = url.User(role)
+	l.url = u.String()
+}
+
 func frozen(after time.Duration) func(*Stream) {
 	return func(s *Stream) { quick(s); s.limits.frozen = after }
 }
@@ -943,40 +1011,49 @@ func TestFrozenHolderIsEnded(t *testing.T) {
 	require.NotEmpty(t, second.logs.FilterMessageSnippet("does not answer the server").All())
 }
 
+// What the server tells of replies is not told to every role.
 func TestHolderThatAnswersIsLeftAlone(t *testing.T) {
 	t.Parallel()
-	l := newLab(t)
-	s := &sink{confirms: true}
-	r := l.run(s)
-	r.untilState(Streaming)
-	r.halt()
-	r.until("nobody holds the slot", func() bool { return l.holder() == "" })
-	conn := l.hold(applicationName)
-	stop := make(chan struct{})
-	var answering sync.WaitGroup
-	answering.Go(func() {
-		at := pglogrepl.LSN(l.confirmedBy(l.conn))
-		for tick := time.NewTicker(200 * time.Millisecond); ; {
-			select {
-			case <-stop:
-				return
-			case now := <-tick.C:
-				status := pglogrepl.StandbyStatusUpdate{WALWritePosition: at, ClientTime: now.AddDate(-7, 0, 0)}
-				if err := pglogrepl.SendStandbyStatusUpdate(context.Background(), conn, status); err != nil {
-					t.Errorf("the holder was ended: %v", err)
-					return
-				}
+	for _, plain := range []bool{false, true} {
+		t.Run(fmt.Sprintf("role without rights %t", plain), func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			s := &sink{confirms: true}
+			r := l.run(s)
+			r.untilState(Streaming)
+			r.halt()
+			r.until("nobody holds the slot", func() bool { return l.holder() == "" })
+			if plain {
+				l.as(l.newRole())
 			}
-		}
-	})
-	defer answering.Wait()
-	defer close(stop)
-	second := l.run(s, frozen(1500*time.Millisecond))
-	second.untilState(Standby)
-	for began := time.Now(); time.Since(began) < 4*time.Second; {
-		require.Equal(t, Standby, second.Status().State)
+			conn := l.hold(applicationName)
+			stop := make(chan struct{})
+			var answering sync.WaitGroup
+			answering.Go(func() {
+				at := pglogrepl.LSN(l.confirmedBy(l.conn))
+				for tick := time.NewTicker(200 * time.Millisecond); ; {
+					select {
+					case <-stop:
+						return
+					case now := <-tick.C:
+						status := pglogrepl.StandbyStatusUpdate{WALWritePosition: at, ClientTime: now.AddDate(-7, 0, 0)}
+						if err := pglogrepl.SendStandbyStatusUpdate(context.Background(), conn, status); err != nil {
+							t.Errorf("the holder was ended: %v", err)
+							return
+						}
+					}
+				}
+			})
+			defer answering.Wait()
+			defer close(stop)
+			second := l.run(s, frozen(1500*time.Millisecond))
+			second.untilState(Standby)
+			for began := time.Now(); time.Since(began) < 4*time.Second; {
+				require.Equal(t, Standby, second.Status().State)
+			}
+			require.Equal(t, 1, s.sessionCount())
+		})
 	}
-	require.Equal(t, 1, s.sessionCount())
 }
 
 func TestForeignHolderIsLeftAlone(t *testing.T) {
@@ -1058,28 +1135,12 @@ func TestRowsThatMayNotBeReadAreTold(t *testing.T) {
 		t.Run(fmt.Sprintf("first snapshot %t", first), func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			admin := *l
-			role := "reader_" + strings.TrimPrefix(l.slot, "slot_walhook_test_")
-			l.exec(`create role ` + role + ` login replication`)
-			t.Cleanup(func() {
-				conn, err := pgx.Connect(context.Background(), admin.url)
-				if err != nil {
-					t.Errorf("drop role: %v", err)
-					return
-				}
-				defer closeSQL(conn)
-				if _, err := conn.Exec(context.Background(), `drop owned by `+role+`; drop role `+role); err != nil {
-					t.Errorf("drop role: %v", err)
-				}
-			})
+			role := l.newRole()
 			l.exec(`create publication ` + quoteName("p_"+l.slot) + ` for table outbox`)
 			l.exec(`create policy hidden on outbox using (note <> 'hidden'); alter table outbox enable row level security`)
 			l.insert("seen")
 			l.insert("hidden")
-			u, err := url.Parse(l.url)
-			require.NoError(t, err)
-			u.User = url.User(role)
-			l.url = u.String()
+			l.as(role)
 			s := &sink{announced: true}
 			change := initial
 			if !first {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -451,6 +452,9 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		}
 		f = sv.Judge(&s.cfg, rec, LSN(now.XLogPos))
 	}
+	if f == nil { // an order is for what the start finds, also where another instance has the slot
+		s.recovery = s.cfg.Recover
+	}
 	var xmin uint64
 	switch {
 	case f != nil && f.missed != nil:
@@ -499,7 +503,6 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	s.told = max(slot.Confirmed, s.told)
 	s.mu.Unlock()
 	s.streamed, s.since, s.holder = true, time.Now(), holder{}
-	s.recovery = s.cfg.Recover // an order is for what the start finds
 	s.setStatus(Streaming, nil)
 	s.book.Proven(sv.at)
 
@@ -570,7 +573,11 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 			return nil, err
 		}
 	}
-	if f := firstFault(sv.Findings(&s.cfg)); f != nil {
+	findings := sv.Findings(&s.cfg)
+	if sv.Slot == nil && rec != nil && rec.LSN != 0 { // it is lost, and not one that is yet to be made
+		findings = slices.DeleteFunc(findings, func(f Finding) bool { return f.Topic == "slot" })
+	}
+	if f := firstFault(findings); f != nil {
 		return nil, f
 	}
 	if err := s.sink.Resolve(sv.Tables); err != nil {
@@ -744,12 +751,15 @@ type holder struct {
 	since time.Time // when we first saw that reply, by ours
 }
 
+// The server shows replies, and the state, only to roles with the rights of pg_read_all_stats. To others
+// a holder that answers would look like one that never did, so they leave it to wal_sender_timeout.
 const holderSQL = `
 select r.pid, coalesce(r.reply_time, r.backend_start)
 from pg_replication_slots s
 join pg_stat_replication r on r.pid = s.active_pid
 where s.slot_name = $1
-and r.application_name = current_setting('application_name')`
+and r.application_name = current_setting('application_name')
+and r.state is not null`
 
 // watchHolder ends the connection of another walhook that has the slot and is frozen or cut off: the
 // server would wait for it for wal_sender_timeout.
@@ -864,7 +874,7 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error
 // fatalNotice tells a notice that means events are being skipped. Postgres 18 goes on without
 // a publication that is gone and says so in a warning only.
 func fatalNotice(n *pgconn.Notice) bool {
-	return strings.Contains(n.Message, "skipped loading publication")
+	return n.Routine == "LoadPublications" || strings.Contains(n.Message, "skipped loading publication") // it may be in the server's language
 }
 
 // reader reads one connection.

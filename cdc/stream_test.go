@@ -682,8 +682,17 @@ func TestCheckpointOfAnotherHistoryIsLost(t *testing.T) {
 	r := l.run(&sink{confirms: true})
 	r.untilState(Streaming)
 	r.halt()
-	r = l.run(&sink{made: true, at: Resume{LSN: l.walEnd() + 1<<30}})
-	require.Contains(t, r.untilState(Lost).Reason, "another history")
+	s := &sink{made: true, at: Resume{LSN: l.walEnd() + 1<<30}, xmin: 1}
+	r = l.run(s, once(RecoverMissed, 20))
+	f := r.untilRemedy("--recover=all")
+	require.Equal(t, Lost, f.State)
+	require.Contains(t, f.Reason, "another history")
+	require.Contains(t, f.Remedy, "--recover=none")
+	r.halt()
+	r = l.run(s, once(RecoverNone, 20)) // as the remedy says
+	r.untilState(Streaming)
+	l.insert("after")
+	r.untilNote("after")
 }
 
 // A slot that is not ours ends a start, because the configuration is wrong; later it is waited for.

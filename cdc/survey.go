@@ -618,7 +618,7 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 	case slot.Database != s.Database:
 		bad("slot", &Fault{Reason: "slot " + slot.Name + " belongs to database " + slot.Database + ", not to " + s.Database, Remedy: drop, Config: true})
 	case !slot.usable():
-		bad("slot", lostSlot(slot, nil))
+		bad("slot", cfg.lostSlot(slot, nil))
 	case slot.ActivePID != 0 && s.Around != nil && s.Around.Holder != s.Application:
 		warn("slot", fmt.Sprintf("slot %s is in use by pid %d, which calls itself %q and not %s", slot.Name, slot.ActivePID, s.Around.Holder, s.Application),
 			"where that is no walhook, events go to it and walhook only stands by: choose another cdc.slot")

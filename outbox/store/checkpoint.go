@@ -243,7 +243,12 @@ func (s *Store) claim(ctx context.Context, h Holder) (Claimed, error) {
 	if t.saved.announced() && !t.made {
 		return Claimed{}, ErrUnfinished
 	}
-	claimed := Claimed{Saved: t.saved, First: t.made, Parked: t.parked}
+	claimed := Claimed{Saved: t.saved, First: t.made}
+	tag, err := t.tx.Exec(ctx, parkSending)
+	if err != nil {
+		return Claimed{}, fmt.Errorf("park what was sending: %w", err)
+	}
+	claimed.Parked = tag.RowsAffected()
 	tables, err := h.tables()
 	if err != nil {
 		return Claimed{}, err
@@ -260,13 +265,12 @@ func (s *Store) claim(ctx context.Context, h Holder) (Claimed, error) {
 	return claimed, nil
 }
 
-// taken is a transaction in which nobody else can write.
+// taken is a transaction in which no other holder of the slot can write.
 type taken struct {
-	tx     pgx.Tx
-	here   Identity
-	saved  Saved
-	made   bool  // there was no checkpoint
-	parked int64 // deliveries that were being sent
+	tx    pgx.Tx
+	here  Identity
+	saved Saved
+	made  bool // there was no checkpoint
 }
 
 func (t *taken) rollback() {
@@ -291,14 +295,20 @@ func (s *Store) makeCheckpoint(ctx context.Context, tx pgx.Tx, h Holder, here Id
 	return tag.RowsAffected() == 1, err
 }
 
+// Those of other slots are left alone: their holders write on while we fill.
+const lockCheckpoint = `
+select
+from walhook.checkpoints
+where slot = $1
+for update`
+
 const parkSending = `
 update walhook.deliveries
 set state = 'parked'
 where state = 'sending'`
 
 // take begins a transaction that has waited for all writes before it, a second at most, and
-// makes those behind it wait. The slot has a checkpoint in it, made at first where there was none, and
-// nothing is being sent.
+// makes those behind it wait. The slot has a checkpoint in it, made at first where there was none.
 func (s *Store) take(ctx context.Context, h Holder, first cdc.LSN) (_ *taken, err error) {
 	if err := s.sameServer(ctx, h.SystemIdentifier); err != nil {
 		return nil, err
@@ -327,14 +337,12 @@ func (s *Store) take(ctx context.Context, h Holder, first cdc.LSN) (_ *taken, er
 	if t.made, err = s.makeCheckpoint(ctx, tx, h, t.here, first); err != nil {
 		return nil, fmt.Errorf("make: %w", err)
 	}
-	if t.saved, _, err = s.readCheckpoints(ctx, tx.Conn(), selectCheckpoints+"\nfor update", &t.here); err != nil {
+	if _, err := tx.Exec(ctx, lockCheckpoint, s.slot); err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	if t.saved, _, err = s.readCheckpoints(ctx, tx.Conn(), selectCheckpoints, &t.here); err != nil {
 		return nil, fmt.Errorf("read: %w", err)
 	}
-	tag, err := tx.Exec(ctx, parkSending)
-	if err != nil {
-		return nil, fmt.Errorf("park what was sending: %w", err)
-	}
-	t.parked = tag.RowsAffected()
 	return t, nil
 }
 

@@ -70,7 +70,6 @@ func (s *Store) Fill(ctx context.Context, h Holder, xmin uint64) (*Fill, error) 
 			return nil, fmt.Errorf("begin fill: %w", err)
 		}
 	}
-	s.sayParked(f.t.parked)
 	f.beats.Go(f.beat)
 	return f, nil
 }

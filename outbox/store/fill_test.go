@@ -246,7 +246,7 @@ func TestFillParksRowsAndMovesTheCheckpointAtOnce(t *testing.T) {
 		select string_agg(concat_ws('|', coalesce(endpoint_id, 'null'), event_id, state, reason, attempts), e'\n' order by event_id, endpoint_id)
 		from walhook.deliveries`, &got)
 	require.Equal(t, ""+
-		"a|evt_1|parked|breaker_open|0\n"+ // was sending
+		"a|evt_1|sending|breaker_open|0\n"+ // until the claim that follows
 		"a|evt_2|parked|timeout|3\n"+
 		"a|evt_3|parked|breaker_open|0\n"+
 		"b|evt_3|parked|breaker_open|0\n"+
@@ -438,6 +438,25 @@ func TestFillWaitsForTheWriteBeforeIt(t *testing.T) {
 	require.Empty(t, done)
 	require.NoError(t, tx.Commit(t.Context()))
 	require.NoError(t, <-done)
+}
+
+// A schema may serve several slots. One that is filled for an hour does not hold up the others.
+func TestFillLeavesOtherSlotsAlone(t *testing.T) {
+	b := setup(t)
+	other := open(t, b.url, "another", "default")
+	_, err := other.Claim(t.Context(), b.holder(500))
+	require.NoError(t, err)
+	ev := outboxtest.Event(1, "")
+	sending := outboxtest.Park("theirs", ev)
+	sending.State = outbox.StateSending
+	require.NoError(t, other.Write(t.Context(), []outbox.Change{sending}))
+	f := b.fill(800, 80)
+	require.NoError(t, other.Write(t.Context(), []outbox.Change{outboxtest.Move("theirs", ev, outbox.StateGone)}))
+	_, err = other.SaveCheckpoint(t.Context(), outbox.Checkpoint{LSN: 600})
+	require.NoError(t, err)
+	_, err = other.Claim(t.Context(), b.holder(600))
+	require.NoError(t, err)
+	require.NoError(t, f.Commit(t.Context()))
 }
 
 // Rows may be long in coming. A process that is stopped in the middle gives no sign of life.
