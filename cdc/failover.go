@@ -188,8 +188,7 @@ select slot_name, active
 from pg_replication_slots
 where slot_type = 'physical'
 and not temporary
-order by slot_name
-limit 20`
+order by slot_name`
 
 func (a *Around) readPhysical(ctx context.Context, conn *pgx.Conn) error {
 	rows, err := conn.Query(ctx, physicalSQL)

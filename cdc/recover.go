@@ -37,6 +37,9 @@ type Fill interface {
 	Abort()
 }
 
+// markTimeout bounds how long a stop may wait for a mark.
+const markTimeout = 5 * time.Second
+
 // dropTimeout bounds how long a stop waits for the slot of a snapshot that it cut short.
 const dropTimeout = 5 * time.Second
 
@@ -78,6 +81,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 		return nil, fmt.Errorf("lock: %w", err)
 	}
 	if !alone {
+		s.endFrozenFill(ctx, sql)
 		return nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
 	}
 	if sv.Slot != nil && sv.Slot.ActivePID != 0 {
@@ -372,13 +376,39 @@ func (p *progress) count() {
 	}
 }
 
+// frozenFillSQL ends the session that has the lock of a recovery whose other session, which writes
+// what is read, has not been heard of for $2 seconds: it says something every 5.
+const frozenFillSQL = `
+select count(pg_terminate_backend(l.pid))
+from pg_locks l
+where l.locktype = 'advisory'
+and l.granted
+and l.objsubid = 1
+and l.database = (select oid from pg_database where datname = current_database())
+and (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('walhook ' || $1, 0)
+and exists (
+	select
+	from pg_stat_activity a
+	where a.usename = current_user
+	and a.application_name = current_setting('application_name') || ' fill'
+	and a.state_change < clock_timestamp() - make_interval(secs => $2)
+)`
+
+// endFrozenFill lets us go on where the instance that was making the slot is frozen or cut off.
+func (s *Stream) endFrozenFill(ctx context.Context, sql *pgx.Conn) {
+	var ended int
+	if err := sql.QueryRow(ctx, frozenFillSQL, s.cfg.Slot, s.limits.frozen.Seconds()).Scan(&ended); err == nil && ended > 0 {
+		s.log.Warn("the instance that was making the slot has stood still: its session is ended")
+	}
+}
+
 // mark writes down that rows may be missing. Where it fails, the next session does it before it
 // believes the record.
 func (s *Stream) mark(ctx context.Context, gap string) error {
 	if s.gap == "" {
 		s.gap = gap
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.limits.open)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(s.limits.open, markTimeout)) // it must not get lost by a stop
 	defer cancel()
 	if err := s.book.Mark(ctx, s.gap); err != nil {
 		return fmt.Errorf("write down that %s: %w", s.gap, err)

@@ -1201,3 +1201,21 @@ func TestTimeoutsOfTheServerDoNotEndASnapshot(t *testing.T) {
 	r = l.run(s, func(s *Stream) { s.limits.survey = 600 * time.Millisecond })
 	r.until("looks", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.proven > before+2 })
 }
+
+// Whoever was making the slot may be frozen, with the lock.
+func TestAFirstSnapshotThatStandsStillIsTakenOver(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.insert("before")
+	reading := l.session()
+	_, err := reading.Exec(t.Context(), "select pg_advisory_lock(hashtextextended('walhook ' || $1, 0))", l.slot)
+	require.NoError(t, err)
+	writing := l.session()
+	_, err = writing.Exec(t.Context(), "set application_name = 'walhook fill'")
+	require.NoError(t, err)
+	r := l.run(&sink{}, func(s *Stream) { s.cfg.Snapshot, s.limits.frozen = true, 3*time.Second })
+	r.until("the one that stands by", func() bool { return r.Status().State == Standby })
+	r.untilState(Streaming)
+	require.Equal(t, []string{"before"}, r.sink.notes())
+	require.Error(t, reading.Ping(t.Context()))
+}

@@ -662,6 +662,11 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) (done 
 	if sv.Publication != nil && len(missing) == 0 {
 		return false, nil
 	}
+	if h := sv.Slot; h != nil && h.ActivePID != 0 && h.ActivePID != s.pid {
+		// Whoever holds the slot may not know the table, as in a rolling deploy that adds it: its rows
+		// would be passed over.
+		return false, &Fault{State: Standby, Reason: "another process holds the slot; the publication waits for it"}
+	}
 	sql := "create publication " + quoteName(s.cfg.Publication)
 	if len(missing) > 0 {
 		sql += " for table " + strings.Join(missing, ", ")

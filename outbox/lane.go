@@ -249,7 +249,7 @@ func (l *Lane) add(e *Event, sp *span, now time.Time) {
 	it := &item{event: e, key: l.ep.orderKey(e), span: sp, arrived: now, maybe: !l.relay.caught.Load()}
 	l.owed.push(it)
 	switch {
-	case l.state == draining && l.catching:
+	case l.state == draining && l.catching && !it.maybe: // one that comes again may be in the store, before its time in the tail
 		l.tail = append(l.tail, it)
 	case l.state == flowing:
 		l.enqueue(it)
@@ -1131,8 +1131,8 @@ func (l *Lane) loadDue(limit int, maxBytes int64) job {
 					news = l.take(row) || news
 				}
 				l.settleDoubts(now)
-				if !news && !next.IsZero() && !next.After(now) {
-					next = now.Add(loadBackoff) // more are due, but those are all in memory
+				if (!news || l.ahead) && !next.IsZero() && !next.After(now) {
+					next = now.Add(loadBackoff) // more are due, but those are all in memory, or wait for the stream
 				}
 			}
 			l.dueAt(next)

@@ -66,13 +66,14 @@ const (
 	// for another one: while nothing happens, nothing is written.
 	quietBytes = 8 << 10
 
-	recountEvery  = 30 * time.Second
-	overflowAfter = 16 << 20 // bytes by which the WAL may grow while the buffer is full
-	overflowLook  = 100 * time.Millisecond
-	heldBytes     = 8 << 20 // of WAL: from here on it is worth asking whether the slot is safe
-	maxRoutes     = 10_000
-	maxTold       = 1_000
-	buryAgain     = 5 * time.Second
+	recountEvery   = 30 * time.Second
+	overflowAfter  = 16 << 20 // bytes by which the WAL may grow while the buffer is full
+	overflowBehind = 64 << 20 // bytes of WAL not yet received, from which on any growth is too much
+	overflowLook   = 100 * time.Millisecond
+	heldBytes      = 8 << 20 // of WAL: from here on it is worth asking whether the slot is safe
+	maxRoutes      = 10_000
+	maxTold        = 1_000
+	buryAgain      = 5 * time.Second
 )
 
 // Relay takes rows from the stream, maps them to events, and gives each to the lanes of the
@@ -328,6 +329,8 @@ type overflow struct {
 	full  int // looks at a full buffer since next was set
 	looks int
 	least int64 // of the lag since the buffer filled up
+	last  int64 // lag at the look before
+	grew  int   // looks in a row at which the lag had grown
 	armed bool
 	short bool // the slot is near its limit, and the log says so
 }
@@ -347,7 +350,7 @@ func (o *overflow) look(ctx context.Context) {
 	busy := o.full*2 > o.looks
 	o.next, o.full, o.looks = now.Add(time.Second), 0, 0
 	if !busy {
-		o.armed = false
+		o.armed, o.grew = false, 0
 	}
 	if !busy && !o.short && o.r.ledger.Opened().LSN < o.r.ledger.Low().LSN+heldBytes {
 		return
@@ -377,20 +380,26 @@ func (o *overflow) look(ctx context.Context) {
 	if !busy {
 		return
 	}
+	if o.grew++; !o.armed || lag.Behind <= o.last {
+		o.grew = 0
+	}
+	o.last = lag.Behind
 	if !o.armed || lag.Behind < o.least {
 		o.armed, o.least = true, lag.Behind
 		return
 	}
-	after := int64(overflowAfter)
+	after, much := int64(overflowAfter), int64(overflowBehind)
 	if lag.Limit > 0 {
-		after = min(after, lag.Limit/4)
+		after, much = min(after, lag.Limit/4), min(much, lag.Limit/4)
 	}
-	if lag.Behind > o.least+after {
+	// Where it is much already, two seconds in a row tell enough: a process that is often ended would
+	// never see it grow by more.
+	if lag.Behind > o.least+after || lag.Behind > much && o.grew >= 2 {
 		o.r.log.Warn("the WAL grows faster than the endpoints take events: their deliveries go through walhook.deliveries", zap.Int64("lag_bytes", lag.Behind))
 		for _, l := range o.r.allLanes() {
 			l.overflow()
 		}
-		o.armed = false
+		o.armed, o.grew = false, 0
 	}
 }
 

@@ -854,7 +854,7 @@ func (w *world) judge() (*verdict, *figures) {
 	require.NoError(t, err)
 	w.drained(rows)
 
-	h := history{began: w.began, rows: rows, dead: w.dead()}
+	h := history{began: w.began, retimed: strings.Contains(w.plan.cdc, "recover: auto"), rows: rows, dead: w.dead()}
 	w.readLogs()
 	h.harms = w.harms
 	requests := 0
