@@ -16,7 +16,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt ci deps clean
+.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ build: ## bin/walhook, static
 test: ## all tests with the race detector, on the Postgres of this machine (PKG=, TESTFLAGS=)
 	@.ci/deps cc postgres
 	CGO_ENABLED=1 go test -race -timeout 12m $(TESTFLAGS) $(PKG)
+
+judges: bin/judges/package.json ## the signatures, judged by npm packages that receivers use (needs node and npm)
+	WALHOOK_TEST_JUDGES=$(CURDIR)/bin/judges go test -run '^TestOtherPeoplesCode' -count 1 -v $(TESTFLAGS) ./sender
+
+bin/judges/package.json: sender/testdata/judges/package.json
+	@mkdir -p $(@D)
+	cp sender/testdata/judges/package.json $(@D)
+	cd $(@D) && npm install --ignore-scripts --no-audit --no-fund || { rm package.json; exit 1; }
 
 test-matrix: ## all tests on each Postgres in PG_BINS (default: all that Debian has here)
 	@.ci/deps cc

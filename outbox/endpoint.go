@@ -3,6 +3,7 @@ package outbox
 import (
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -35,16 +36,42 @@ type Format string
 const (
 	FormatStandard Format = "standard" // {"type", "timestamp", "data"}
 	FormatRaw      Format = "raw"      // the payload alone
+
+	// CloudEvents 1.0: one JSON object with attributes and data, or the payload alone, with the
+	// attributes as headers.
+	FormatCloudEvents       Format = "cloudevents"
+	FormatCloudEventsBinary Format = "cloudevents-binary"
 )
 
-// Signing names the scheme by which requests are signed.
-type Signing string
+// Scheme names a way of signing requests.
+type Scheme string
 
-// The signing schemes.
+// The schemes.
 const (
-	SigningStandard Signing = "standard" // Standard Webhooks 1.0.0
-	SigningNone     Signing = "none"
+	SchemeStandard Scheme = "standard" // Standard Webhooks 1.0.0
+	SchemeGitHub   Scheme = "github"
+	SchemeStripe   Scheme = "stripe"
+	SchemeShopify  Scheme = "shopify"
+	SchemeNFEio    Scheme = "nfeio"
+	SchemeNone     Scheme = "none" // no signature, whatever secrets there are; alone
+	SchemeCustom   Scheme = "custom"
 )
+
+// Signing is one way in which requests are signed. All but its scheme is of the custom one alone.
+type Signing struct {
+	Scheme Scheme
+
+	Algorithm string // of the HMAC: sha1, sha256 or sha512
+	Encoding  string // hex, HEX or base64
+	Header    string
+	Prefix    string // stands before the signature in the header
+	Content   string // what is signed: text in which {body}, {id} and {timestamp} are replaced
+}
+
+// CustomSigning is the custom scheme with every setting at its default; Header is the user's to give.
+func CustomSigning() Signing {
+	return Signing{Scheme: SchemeCustom, Algorithm: "sha256", Encoding: "hex", Content: "{body}"}
+}
 
 // Status is what an endpoint is allowed to receive.
 type Status string
@@ -76,8 +103,8 @@ type Endpoint struct {
 	Tenant string   // exactly this tenant; "*" all; empty only events without one
 	Events []string // globs on the type
 
-	Secrets []Secret // newest first, all sign
-	Signing Signing
+	Secrets []Secret  // newest first; all sign where the scheme's header holds several signatures, else the newest
+	Signing []Signing // one or more; every request carries the signatures of all
 	Format  Format
 	Headers map[string]string // sent as they are with every request
 
@@ -122,6 +149,11 @@ type TLS struct {
 	MinVersion string // "1.2" or "1.3"
 }
 
+// SignsBy tells whether a scheme is among those that sign the endpoint's requests.
+func (ep *Endpoint) SignsBy(s Scheme) bool {
+	return slices.ContainsFunc(ep.Signing, func(own Signing) bool { return own.Scheme == s })
+}
+
 // orderKey is what orders an event at this endpoint.
 func (ep *Endpoint) orderKey(e *Event) string {
 	switch ep.Ordering {
@@ -139,7 +171,7 @@ func DefaultEndpoint() Endpoint {
 		Origin:      FromFile,
 		Status:      Enabled,
 		Events:      []string{"*"},
-		Signing:     SigningStandard,
+		Signing:     []Signing{{Scheme: SchemeStandard}},
 		Format:      FormatStandard,
 		Ordering:    OrderKey,
 		Timeout:     15 * time.Second,

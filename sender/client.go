@@ -1,6 +1,7 @@
 package sender
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -53,6 +54,7 @@ type Config struct {
 	Logger     *zap.Logger           // nil logs nothing
 	Version    string                // of walhook, for the user-agent
 	Registerer prometheus.Registerer // nil keeps the metrics to itself
+	Source     string                // of events, for CloudEvents: a URI reference, best unique with their ids; empty is /walhook
 
 	// MaxAttempts bounds the attempts in flight at once, of all endpoints together; zero is no
 	// bound. See room for how they share it.
@@ -75,6 +77,7 @@ type Config struct {
 type Client struct {
 	log           *zap.Logger
 	userAgent     string
+	source        string
 	metrics       *metrics
 	room          *room
 	maxIdle       int
@@ -111,6 +114,7 @@ func New(cfg Config) (*Client, error) {
 	c := &Client{
 		log:           cfg.Logger,
 		userAgent:     "walhook/" + cfg.Version,
+		source:        cmp.Or(cfg.Source, "/walhook"),
 		metrics:       m,
 		maxIdle:       cfg.MaxIdleConns,
 		onStateChange: cfg.OnStateChange,
@@ -272,6 +276,8 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 		t.header["User-Agent"] = []string{c.userAgent}
 	}
 
+	t.source = c.source
+
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	old := c.targets[e.ID]
@@ -300,7 +306,7 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 
 // warnUnsigned says once that an endpoint's requests will carry no signature.
 func (c *Client) warnUnsigned(t *target) {
-	if t.endpoint.Signing == outbox.SigningStandard && len(t.keys) == 0 {
+	if t.endpoint.SignsBy(outbox.SchemeStandard) && len(t.signatures) == 0 {
 		c.log.Warn("requests are not signed: the endpoint has no secret", zap.String("endpoint", t.endpoint.ID))
 	}
 }

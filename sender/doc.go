@@ -1,6 +1,6 @@
 // Package sender makes one attempt: it posts one event to one endpoint and says what came of it.
 //
-// It owns the request's bytes, the signature, the connection, the endpoint's circuit, the guard
+// It owns the request's bytes, the signatures, the connection, the endpoint's circuit, the guard
 // that judges the address dialled, and the one function that judges an answer (judge, in
 // outcome.go). It knows net/http and gobreaker; nothing else in the house does.
 //

@@ -3,6 +3,8 @@ package sender
 import (
 	"bytes"
 	"context"
+	"crypto/md5"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +27,11 @@ const (
 	headerSignature   = "webhook-signature"
 	headerAttempt     = "webhook-attempt"
 	headerTraceparent = "traceparent"
+
+	// What NFE.io sends beside its signatures, spelled as it does.
+	headerHookID       = "X-Hook-Id"
+	headerHookAttempts = "X-Hook-Attempts"
+	headerContentMD5   = "Content-MD5"
 )
 
 // oneWrite is up to how many bytes a body is worth a copy: in one piece that net/http knows
@@ -81,7 +88,7 @@ func (u *unsendable) outcome() outbox.Outcome {
 // request renders the attempt as it goes on the wire. Nothing in it is shared with another
 // request but what nobody writes to: net/http's write loop may outlive the attempt.
 func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (*http.Request, *unsendable) {
-	b, contentType, bad := render(a.Event, t.endpoint)
+	b, contentType, bad := t.render(a.Event)
 	if bad != nil {
 		return nil, bad
 	}
@@ -89,21 +96,29 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 		return nil, &unsendable{outbox.ReasonBadRequest, "the event's id cannot be a webhook-id"}
 	}
 
-	values := new([6]string) // one allocation for all the values that differ between requests
+	values := make([]string, 0, t.headers) // one allocation for all the values that differ between requests
 	header := maps.Clone(t.header)
-	used := 0
 	set := func(name, value string) {
-		values[used] = value
-		header[name] = values[used : used+1 : used+1]
-		used++
+		values = append(values, value)
+		header[name] = values[len(values)-1 : len(values) : len(values)]
 	}
 	timestamp := strconv.FormatInt(now.Unix(), 10)
 	set("Content-Type", contentType)
 	set(headerID, a.Event.ID)
 	set(headerTimestamp, timestamp)
 	set(headerAttempt, strconv.Itoa(a.Number))
-	if len(t.keys) > 0 {
-		set(headerSignature, sign(t.keys, a.Event.ID, timestamp, b))
+	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
+		if bad := t.setAttributes(set, a.Event); bad != nil {
+			return nil, bad
+		}
+	}
+	for i := range t.signatures {
+		set(t.signatures[i].header, t.signatures[i].sign(a.Event.ID, timestamp, b))
+	}
+	if t.nfeio {
+		set(headerHookID, a.Event.ID)
+		set(headerHookAttempts, strconv.Itoa(a.Number-1))
+		set(headerContentMD5, contentMD5(b))
 	}
 	if parent := traceparent(a.Event.Headers); parent != "" {
 		set(headerTraceparent, parent)
@@ -119,61 +134,104 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 	return req, nil
 }
 
-// render makes the body of an event in the endpoint's format, and its content type.
-func render(e *outbox.Event, to *outbox.Endpoint) (*body, string, *unsendable) {
-	b, contentType := new(body), "application/json"
-	switch to.Format {
-	case outbox.FormatRaw:
-		b.parts[0] = e.Data
-		if !e.JSON {
-			if contentType = "application/octet-stream"; utf8.Valid(e.Data) {
-				contentType = "text/plain; charset=utf-8"
-			}
-		}
-	case outbox.FormatStandard:
-		if !e.JSON || len(e.Data) == 0 {
-			return nil, "", &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
-		}
-		room := len(e.Type) + 96
-		if len(e.Data) <= oneWrite {
-			room += len(e.Data)
-		}
-		head, ok := appendEnvelope(make([]byte, 0, room), e)
-		if !ok {
-			return nil, "", &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
-		}
-		if len(e.Data) <= oneWrite {
-			b.parts[0] = append(append(head, e.Data...), '}')
-		} else {
-			b.parts = [3][]byte{head, e.Data, envelopeEnd}
-		}
-	default:
-		return nil, "", &unsendable{outbox.ReasonBadRequest, "the endpoint's format is unknown"}
+// contentMD5 is the header of RFC 1864: a checksum, which proves nothing of who sent the body.
+func contentMD5(b *body) string {
+	h := md5.New()
+	for _, part := range b.parts {
+		h.Write(part)
 	}
-	if size := b.size(); to.MaxPayload > 0 && size > to.MaxPayload {
-		return nil, "", &unsendable{outbox.ReasonTooLarge, fmt.Sprintf("the body has %d bytes, max_payload is %d", size, to.MaxPayload)}
+	return base64.StdEncoding.EncodeToString(h.Sum(nil))
+}
+
+var (
+	notJSON = &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
+	noTime  = &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
+	noType  = &unsendable{outbox.ReasonBadRequest, "the event has no type, which CloudEvents demands"}
+)
+
+// render makes the body of an event in the endpoint's format, and its content type.
+func (t *target) render(e *outbox.Event) (b *body, contentType string, bad *unsendable) {
+	switch t.endpoint.Format {
+	case outbox.FormatRaw, outbox.FormatCloudEventsBinary:
+		b, contentType = &body{parts: [3][]byte{e.Data}}, dataType(e)
+	case outbox.FormatStandard:
+		contentType = "application/json"
+		b, bad = standardBody(e)
+	case outbox.FormatCloudEvents:
+		contentType = typeCloudEvents
+		b, bad = t.structured(e)
+	default:
+		bad = &unsendable{outbox.ReasonBadRequest, "the endpoint's format is unknown"}
+	}
+	if bad == nil {
+		bad = t.tooLarge(b.size())
+	}
+	if bad != nil {
+		return nil, "", bad
 	}
 	return b, contentType, nil
 }
 
+// tooLarge judges a body by its size in bytes.
+func (t *target) tooLarge(size int64) *unsendable {
+	if limit := t.endpoint.MaxPayload; limit > 0 && size > limit {
+		return &unsendable{outbox.ReasonTooLarge, fmt.Sprintf("the body has %d bytes, max_payload is %d", size, limit)}
+	}
+	return nil
+}
+
+// dataType is the media type of an event's payload.
+func dataType(e *outbox.Event) string {
+	switch {
+	case e.JSON:
+		return "application/json"
+	case utf8.Valid(e.Data):
+		return "text/plain; charset=utf-8"
+	}
+	return "application/octet-stream"
+}
+
+// standardBody is the format of Standard Webhooks. The order of its members is part of the contract.
+func standardBody(e *outbox.Event) (*body, *unsendable) {
+	if !e.JSON || len(e.Data) == 0 {
+		return nil, notJSON
+	}
+	room := len(e.Type) + 96
+	if len(e.Data) <= oneWrite {
+		room += len(e.Data)
+	}
+	head := append(make([]byte, 0, room), `{"type":`...)
+	head = appendJSONString(head, e.Type)
+	head = append(head, `,"timestamp":"`...)
+	head, ok := appendTime(head, e)
+	if !ok {
+		return nil, noTime
+	}
+	return enveloped(append(head, `","data":`...), e.Data), nil
+}
+
 var envelopeEnd = []byte{'}'}
 
-// appendEnvelope appends what stands before the payload. The order of the members is part of
-// the contract. ok is false where the event's time cannot be written.
-func appendEnvelope(dst []byte, e *outbox.Event) (head []byte, ok bool) {
+// enveloped is a body of a payload behind a head and before a brace; a large payload is not copied.
+func enveloped(head, data []byte) *body {
+	if len(data) <= oneWrite {
+		return &body{parts: [3][]byte{append(append(head, data...), '}')}}
+	}
+	return &body{parts: [3][]byte{head, data, envelopeEnd}}
+}
+
+// appendTime appends the event's time, or its commit's where it has none. ok is false where
+// Postgres knows a year that RFC 3339 does not.
+func appendTime(dst []byte, e *outbox.Event) (out []byte, ok bool) {
 	at := e.Time
 	if at.IsZero() {
 		at = e.Commit
 	}
 	at = at.UTC()
-	if y := at.Year(); y < 0 || y > 9999 { // Postgres knows years that RFC 3339 does not
+	if y := at.Year(); y < 0 || y > 9999 {
 		return nil, false
 	}
-	dst = append(dst, `{"type":`...)
-	dst = appendJSONString(dst, e.Type)
-	dst = append(dst, `,"timestamp":"`...)
-	dst = at.AppendFormat(dst, time.RFC3339Nano)
-	return append(dst, `","data":`...), true
+	return at.AppendFormat(dst, time.RFC3339Nano), true
 }
 
 // appendJSONString appends s in quotes, without the HTML escapes that encoding/json likes.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/outbox"
 )
 
@@ -45,6 +46,35 @@ func TestBytesOfARequestAreGolden(t *testing.T) {
 		"raw": {endpoint: func(e *outbox.Endpoint) { e.Format = outbox.FormatRaw }},
 		"raw_text": {endpoint: func(e *outbox.Endpoint) { e.Format = outbox.FormatRaw }, event: func(e *outbox.Event) {
 			e.JSON, e.Data = false, []byte("grüezi")
+		}},
+		"github":  {endpoint: plain("github")},
+		"stripe":  {endpoint: plain("stripe"), number: 2},
+		"shopify": {endpoint: plain("shopify")},
+		"nfeio":   {endpoint: plain("nfeio"), number: 3},
+		"none": {endpoint: func(e *outbox.Endpoint) {
+			e.Secrets, e.Signing = []outbox.Secret{hmacSecret}, signing(outbox.SchemeNone)
+		}},
+		"several_schemes": {endpoint: func(e *outbox.Endpoint) {
+			e.Secrets, e.Signing = []outbox.Secret{hmacSecret}, append(signing("standard", "github", "stripe", "shopify"), custom("X-Sig"))
+		}},
+		"custom": {endpoint: func(e *outbox.Endpoint) {
+			own := outbox.Signing{
+				Scheme: outbox.SchemeCustom, Algorithm: "sha512", Encoding: "base64", Header: "x-acme-HMAC", Prefix: "v0=", Content: "v0:{id}:{timestamp}:{body}",
+			}
+			e.Secrets, e.Signing = []outbox.Secret{plainSecret, "older"}, []outbox.Signing{own}
+		}},
+		"cloudevents": {endpoint: cloudEvents, event: func(e *outbox.Event) {
+			e.Position = cdc.Position{Commit: 0x16B374D848, Ordinal: 3}
+		}},
+		"cloudevents_bytes": {endpoint: cloudEvents, event: func(e *outbox.Event) {
+			e.JSON, e.Data, e.Key = false, []byte{0, 0xff, '"'}, ""
+		}},
+		"cloudevents_binary": {endpoint: cloudEventsBinary, event: func(e *outbox.Event) {
+			e.Position = cdc.Position{Commit: 0x16B374D848, Ordinal: 3}
+			e.Type, e.Key = "größe \"50%\"\n", "Euro € 😀"
+		}},
+		"cloudevents_binary_text": {endpoint: cloudEventsBinary, event: func(e *outbox.Event) {
+			e.JSON, e.Data, e.Key = false, []byte("grüezi"), ""
 		}},
 		"headers": {endpoint: func(e *outbox.Endpoint) {
 			e.Headers = map[string]string{"X-Env": "prod", "authorization": "Bearer abc", "user-agent": "acme/9"}
@@ -94,13 +124,20 @@ func TestWhatCannotBeSentDiesWithoutARequest(t *testing.T) {
 		endpoint func(*outbox.Endpoint)
 		reason   outbox.Reason
 	}{
-		"too large":       {event: func(e *outbox.Event) { e.Data = []byte(`"` + strings.Repeat("x", 1<<20) + `"`) }, reason: outbox.ReasonTooLarge},
-		"not JSON":        {event: func(e *outbox.Event) { e.JSON, e.Data = false, []byte("hello") }, reason: outbox.ReasonNotJSON},
-		"empty as JSON":   {event: func(e *outbox.Event) { e.Data = nil }, reason: outbox.ReasonNotJSON},
-		"id with a break": {event: func(e *outbox.Event) { e.ID = "a\r\nx: y" }, reason: outbox.ReasonBadRequest},
-		"id with a dot":   {event: func(e *outbox.Event) { e.ID = "a.b" }, reason: outbox.ReasonBadRequest},
-		"no id":           {event: func(e *outbox.Event) { e.ID = "" }, reason: outbox.ReasonBadRequest},
-		"year 10000":      {event: func(e *outbox.Event) { e.Time = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, reason: outbox.ReasonBadRequest},
+		"too large":                     {event: func(e *outbox.Event) { e.Data = []byte(`"` + strings.Repeat("x", 1<<20) + `"`) }, reason: outbox.ReasonTooLarge},
+		"not JSON":                      {event: func(e *outbox.Event) { e.JSON, e.Data = false, []byte("hello") }, reason: outbox.ReasonNotJSON},
+		"empty as JSON":                 {event: func(e *outbox.Event) { e.Data = nil }, reason: outbox.ReasonNotJSON},
+		"id with a break":               {event: func(e *outbox.Event) { e.ID = "a\r\nx: y" }, reason: outbox.ReasonBadRequest},
+		"id with a dot":                 {event: func(e *outbox.Event) { e.ID = "a.b" }, reason: outbox.ReasonBadRequest},
+		"no id":                         {event: func(e *outbox.Event) { e.ID = "" }, reason: outbox.ReasonBadRequest},
+		"year 10000":                    {event: func(e *outbox.Event) { e.Time = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, reason: outbox.ReasonBadRequest},
+		"cloudevents, empty as JSON":    {event: func(e *outbox.Event) { e.Data = nil }, endpoint: cloudEvents, reason: outbox.ReasonNotJSON},
+		"cloudevents, no type":          {event: func(e *outbox.Event) { e.Type = "" }, endpoint: cloudEvents, reason: outbox.ReasonBadRequest},
+		"cloudevents, year 10000":       {event: func(e *outbox.Event) { e.Time = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, endpoint: cloudEvents, reason: outbox.ReasonBadRequest},
+		"cloudevents, large in base64":  {event: func(e *outbox.Event) { e.JSON, e.Data = false, make([]byte, 1<<20-1000) }, endpoint: cloudEvents, reason: outbox.ReasonTooLarge},
+		"cloudevents-binary, no type":   {event: func(e *outbox.Event) { e.Type = "" }, endpoint: cloudEventsBinary, reason: outbox.ReasonBadRequest},
+		"cloudevents-binary, year -1":   {event: func(e *outbox.Event) { e.Time = time.Date(-1, 1, 1, 0, 0, 0, 0, time.UTC) }, endpoint: cloudEventsBinary, reason: outbox.ReasonBadRequest},
+		"cloudevents-binary, too large": {event: func(e *outbox.Event) { e.Data = make([]byte, 1<<20+1) }, endpoint: cloudEventsBinary, reason: outbox.ReasonTooLarge},
 		"raw too large": {
 			event: func(e *outbox.Event) { e.Data = make([]byte, 101) }, reason: outbox.ReasonTooLarge,
 			endpoint: func(e *outbox.Endpoint) { e.Format, e.MaxPayload = outbox.FormatRaw, 100 },
@@ -172,7 +209,7 @@ func FuzzEnvelope(f *testing.F) {
 	f.Fuzz(func(t *testing.T, typ, data string) {
 		ev := event()
 		ev.Type, ev.Data, ev.JSON = typ, []byte(data), json.Valid([]byte(data))
-		b, _, bad := render(ev, endpoint("https://x.example/"))
+		b, _, bad := (&target{endpoint: endpoint("https://x.example/")}).render(ev)
 		if bad != nil {
 			require.False(t, ev.JSON)
 			return

@@ -20,6 +20,9 @@ const (
 	edSecret   = "whsk_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 )
 
+// plainSecret is used by its characters, which no base64 and no URL would bear.
+const plainSecret = "s3cr3t, \"grüezi\" %20"
+
 // patience is for what has to come on a busy machine.
 const patience = 30 * time.Second
 
@@ -39,7 +42,7 @@ func setup(t *testing.T, rt http.RoundTripper) *bundle {
 	core, logs := observer.New(zap.DebugLevel)
 	b := &bundle{t: t, registry: prometheus.NewRegistry(), logs: logs}
 	c, err := New(Config{
-		Logger: zap.New(core), Version: "1.2.3", Registerer: b.registry, RoundTripper: rt,
+		Logger: zap.New(core), Version: "1.2.3", Registerer: b.registry, Source: "/walhook/default/walhook", RoundTripper: rt,
 		OnStateChange: func(id string, from, to State) {
 			b.moves = append(b.moves, fmt.Sprintf("%s: %s → %s", id, from, to))
 		},
@@ -83,6 +86,32 @@ func endpoint(url string, change ...func(*outbox.Endpoint)) *outbox.Endpoint {
 }
 
 func signed(e *outbox.Endpoint) { e.Secrets = []outbox.Secret{hmacSecret} }
+
+// signing is one scheme or more of those with a name.
+func signing(schemes ...outbox.Scheme) (all []outbox.Signing) {
+	for _, s := range schemes {
+		all = append(all, outbox.Signing{Scheme: s})
+	}
+	return all
+}
+
+// custom is the custom scheme at its defaults.
+func custom(header string) outbox.Signing {
+	s := outbox.CustomSigning()
+	s.Header = header
+	return s
+}
+
+// plain signs by one scheme with two secrets.
+func plain(scheme outbox.Scheme) func(*outbox.Endpoint) {
+	return func(e *outbox.Endpoint) {
+		e.Secrets, e.Signing = []outbox.Secret{plainSecret, "older"}, signing(scheme)
+	}
+}
+
+func cloudEvents(e *outbox.Endpoint)       { e.Format = outbox.FormatCloudEvents }
+func cloudEventsBinary(e *outbox.Endpoint) { e.Format = outbox.FormatCloudEventsBinary }
+
 func timeout(d time.Duration) func(*outbox.Endpoint) {
 	return func(e *outbox.Endpoint) { e.Timeout = d }
 }

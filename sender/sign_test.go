@@ -16,14 +16,13 @@ import (
 	"github.com/walhook/walhook/sender/sendertest"
 )
 
-func keysOf(t *testing.T, secrets ...string) (keys []secretKey) {
+// standardOf is the one signature of an endpoint with these secrets and the scheme standard.
+func standardOf(t *testing.T, secrets ...outbox.Secret) *signature {
 	t.Helper()
-	for _, s := range secrets {
-		k, err := parseSecret(s)
-		require.NoError(t, err)
-		keys = append(keys, k)
-	}
-	return keys
+	all, errs := parseSigning(endpoint("https://x.example/", func(e *outbox.Endpoint) { e.Secrets = secrets }))
+	require.Empty(t, errs)
+	require.Len(t, all, 1)
+	return &all[0]
 }
 
 // The vector of the official libraries; the ed25519 signature was made by node's crypto.
@@ -31,8 +30,9 @@ func TestSignaturesAreThoseOfTheSpecification(t *testing.T) {
 	b := &body{parts: [3][]byte{[]byte(`{"test"`), []byte(`: 2432232314`), []byte(`}`)}}
 	const want = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE= " +
 		"v1a,yoUrgEkc12aGqm0n4Sydmdz55xJfTz4AsAgieHFjmkR7LJtqVCZOQYzvvHjI5kAey+r4iaBGxTFRrl2iBQxtDQ=="
+	signature := standardOf(t, hmacSecret, edSecret)
 	for range 3 { // a hash used again signs the same
-		require.Equal(t, want, sign(keysOf(t, hmacSecret, edSecret), "msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", b))
+		require.Equal(t, want, signature.sign("msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", b))
 	}
 }
 
@@ -64,7 +64,7 @@ func TestPrivateKeyOf64BytesSignsAsItsSeed(t *testing.T) {
 	seed, _ := base64.StdEncoding.DecodeString(strings.TrimPrefix(edSecret, "whsk_"))
 	whole := "whsk_" + base64.StdEncoding.EncodeToString(ed25519.NewKeyFromSeed(seed))
 	b := &body{parts: [3][]byte{nil, []byte("x"), nil}}
-	require.Equal(t, sign(keysOf(t, edSecret), "a", "1", b), sign(keysOf(t, whole), "a", "1", b))
+	require.Equal(t, standardOf(t, edSecret).sign("a", "1", b), standardOf(t, outbox.Secret(whole)).sign("a", "1", b))
 }
 
 func TestEverySignatureVerifiesWhateverTheBody(t *testing.T) {
@@ -76,7 +76,7 @@ func TestEverySignatureVerifiesWhateverTheBody(t *testing.T) {
 		h := http.Header{}
 		h.Set("webhook-id", "evt%2E1")
 		h.Set("webhook-timestamp", now)
-		h.Set("webhook-signature", sign(keysOf(t, hmacSecret), "evt%2E1", now, b))
+		h.Set("webhook-signature", standardOf(t, hmacSecret).sign("evt%2E1", now, b))
 		require.NoError(t, wh.Verify([]byte(content), h))
 	}
 }

@@ -29,10 +29,14 @@ type target struct {
 	// header goes with every request. Its entry Idempotency-Key: nil is never sent, but has
 	// net/http repeat a POST whose idle connection turns out to be closed.
 	header http.Header
-	keys   []secretKey
-	tls    *tls.Config
-	guard  guard
-	route  string // equal for targets that may share connections
+	// signatures are the headers that sign a request, each by its scheme and secrets.
+	signatures []signature
+	nfeio      bool   // NFE.io's headers beside its signatures are sent too
+	source     string // of events, as CloudEvents calls it
+	headers    int    // at most so many have a value of their own in each request
+	tls        *tls.Config
+	guard      guard
+	route      string // equal for targets that may share connections
 
 	rt      http.RoundTripper
 	pool    *transport // that rt is; nil where a test gave another
@@ -72,28 +76,29 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	}
 
 	switch e.Format {
-	case outbox.FormatStandard, outbox.FormatRaw:
+	case outbox.FormatStandard, outbox.FormatRaw, outbox.FormatCloudEvents, outbox.FormatCloudEventsBinary:
 	default:
-		errs = append(errs, fmt.Errorf("format: %q is not one of standard, raw", e.Format))
-	}
-
-	switch e.Signing {
-	case outbox.SigningStandard:
-		for i, s := range e.Secrets {
-			key, err := parseSecret(s.Reveal())
-			if err != nil {
-				errs = append(errs, fmt.Errorf("secrets[%d]: %w", i, err))
-				continue
-			}
-			t.keys = append(t.keys, key)
-		}
-	case outbox.SigningNone:
-	default:
-		errs = append(errs, fmt.Errorf("signing: %q is not one of standard, none", e.Signing))
+		errs = append(errs, fmt.Errorf("format: %q is not one of standard, raw, cloudevents, cloudevents-binary", e.Format))
 	}
 
 	var wrong []error
-	t.header, wrong = parseHeaders(e.Headers)
+	t.signatures, wrong = parseSigning(e)
+	errs = append(errs, wrong...)
+	t.nfeio = e.SignsBy(outbox.SchemeNFEio)
+	t.headers = 5 + len(t.signatures)
+	if t.nfeio {
+		t.headers += 3
+	}
+	if e.Format == outbox.FormatCloudEventsBinary {
+		t.headers += len(attributeHeaders)
+		for _, s := range t.signatures {
+			if slices.Contains(attributeHeaders, strings.ToLower(s.header)) {
+				errs = append(errs, fmt.Errorf("signing: sets the header %s, which format %s sets already", s.header, e.Format))
+			}
+		}
+	}
+
+	t.header, wrong = parseHeaders(e.Headers, t.taken())
 	errs = append(errs, wrong...)
 	if _, given := t.header["Idempotency-Key"]; !given {
 		t.header["Idempotency-Key"] = nil
@@ -156,9 +161,29 @@ var reserved = []string{
 	"host", "transfer-encoding", "connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect",
 }
 
-// parseHeaders checks the headers an endpoint sends with every request. An error names its
-// header and never shows a value, which may be a credential.
-func parseHeaders(given map[string]string) (http.Header, []error) {
+// reservedHeader tells whether a header, in lower case, is the sender's or HTTP's own to set.
+func reservedHeader(name string) bool {
+	return slices.Contains(reserved, name) || strings.HasPrefix(name, "content-") || strings.HasPrefix(name, "webhook-")
+}
+
+// taken are the headers, in lower case, that the endpoint's own settings have the sender set.
+func (t *target) taken() []string {
+	var names []string
+	for _, s := range t.signatures {
+		names = append(names, strings.ToLower(s.header))
+	}
+	if t.nfeio {
+		names = append(names, strings.ToLower(headerHookID), strings.ToLower(headerHookAttempts))
+	}
+	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
+		names = append(names, attributeHeaders...)
+	}
+	return names
+}
+
+// parseHeaders checks the headers an endpoint sends with every request, of which none may be
+// taken. An error names its header and never shows a value, which may be a credential.
+func parseHeaders(given map[string]string, taken []string) (http.Header, []error) {
 	var errs []error
 	headers := make(http.Header, len(given)+8)
 	seen := make(map[string]string, len(given))
@@ -168,7 +193,7 @@ func parseHeaders(given map[string]string) (http.Header, []error) {
 		switch {
 		case !validHeaderName(name):
 			why = "is not a valid header name"
-		case slices.Contains(reserved, lower), strings.HasPrefix(lower, "content-"), strings.HasPrefix(lower, "webhook-"):
+		case reservedHeader(lower), slices.Contains(taken, lower):
 			why = "is set by walhook and cannot be given"
 		case seen[lower] != "":
 			why = "is the same header as " + seen[lower]

@@ -32,6 +32,14 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 	}
 	ca := func(s string) func(*outbox.Endpoint) { return func(e *outbox.Endpoint) { e.TLS.CA = s } }
 
+	own := func(change func(*outbox.Signing)) func(*outbox.Endpoint) {
+		return func(e *outbox.Endpoint) {
+			s := custom("X-Sig")
+			change(&s)
+			e.Secrets, e.Signing = []outbox.Secret{"TOPSECRET"}, []outbox.Signing{s}
+		}
+	}
+
 	for name, c := range map[string]struct {
 		change func(*outbox.Endpoint)
 		want   string // empty is valid
@@ -67,10 +75,56 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 		"short seed":           {secret("whsk_AAECAwQ="), "secrets[1]: whsk_ holds 5 bytes; an ed25519 seed has 32, a private key 64"},
 		"wrong halves":         {secret("whsk_" + strings.Repeat("A", 86) + "=="), "secrets[1]: the two halves of the ed25519 key do not belong together"},
 		"public key":           {secret("whpk_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="), "secrets[1]: whpk_ is a public key, which cannot sign; use the whsk_ that belongs to it"},
-		"none ignores secrets": {func(e *outbox.Endpoint) { secret("x")(e); e.Signing = outbox.SigningNone }, ""},
-		"signing":              {func(e *outbox.Endpoint) { e.Signing = "magic" }, `signing: "magic" is not one of standard, none`},
-		"format":               {func(e *outbox.Endpoint) { e.Format = "xml" }, `format: "xml" is not one of standard, raw`},
-		"timeout":              {timeout(0), "timeout: must be more than 0"},
+		"none ignores secrets": {func(e *outbox.Endpoint) { secret("x")(e); e.Signing = signing(outbox.SchemeNone) }, ""},
+		"signing":              {func(e *outbox.Endpoint) { e.Signing = signing("magic") }, `signing: "magic" is not one of standard, github, stripe, shopify, nfeio, none, custom`},
+		"signing by nothing":   {func(e *outbox.Endpoint) { e.Signing = nil }, "signing: is empty; none sends unsigned"},
+		"none and another":     {func(e *outbox.Endpoint) { e.Signing = signing("standard", "none") }, "signing[1]: none stands alone"},
+		"one scheme twice":     {func(e *outbox.Endpoint) { e.Signing = signing("standard", "standard") }, "signing[1]: standard sets the header webhook-signature, which standard sets already"},
+		"one header, two schemes": {
+			func(e *outbox.Endpoint) { plain("github")(e); e.Signing = signing("nfeio", "github") },
+			"signing[1]: github sets the header X-Hub-Signature, which nfeio sets already",
+		},
+		"custom, header of another": {
+			func(e *outbox.Endpoint) {
+				plain("stripe")(e)
+				e.Signing = append(e.Signing, custom("stripe-SIGNATURE"))
+			},
+			"signing[1]: custom sets the header stripe-SIGNATURE, which stripe sets already",
+		},
+		"custom, header of NFE.io": {
+			func(e *outbox.Endpoint) { plain("nfeio")(e); e.Signing = append(e.Signing, custom("x-hook-id")) },
+			"signing[1]: custom sets the header x-hook-id, which nfeio sets already",
+		},
+		"without a secret":        {func(e *outbox.Endpoint) { e.Signing = signing("standard", "github") }, "secrets: is missing; github signing needs one"},
+		"custom without a secret": {func(e *outbox.Endpoint) { e.Signing = []outbox.Signing{custom("X-Sig")} }, "secrets: is missing; custom signing needs one"},
+		"plain secrets":           {plain("stripe"), ""},
+		"plain secret, empty":     {func(e *outbox.Endpoint) { plain("stripe")(e); e.Secrets[1] = "" }, "secrets[1]: is empty"},
+		"plain secret for several": {func(e *outbox.Endpoint) {
+			e.Secrets, e.Signing = []outbox.Secret{"TOPSECRET"}, signing("github", "standard")
+		}, "secrets[0]: must begin with whsec_ (HMAC-SHA256) or whsk_ (ed25519)"},
+		"custom":                  {own(func(*outbox.Signing) {}), ""},
+		"custom, borrowed name":   {own(func(s *outbox.Signing) { s.Header = "Webhook-Signature" }), ""},
+		"custom, braces as text":  {own(func(s *outbox.Signing) { s.Content = `{"id":"{id}", {}}` }), ""},
+		"custom, algorithm":       {own(func(s *outbox.Signing) { s.Algorithm = "TOPSECRET" }), "signing.algorithm: is not one of sha1, sha256, sha512"},
+		"custom, encoding":        {own(func(s *outbox.Signing) { s.Encoding = "Hex" }), "signing.encoding: is not one of hex, HEX, base64"},
+		"custom, no header":       {own(func(s *outbox.Signing) { s.Header = "" }), "signing.header: is missing"},
+		"custom, bad header":      {own(func(s *outbox.Signing) { s.Header = "X Sig" }), "signing.header: is not a valid header name"},
+		"custom, reserved header": {own(func(s *outbox.Signing) { s.Header = "Content-Length" }), "signing.header: Content-Length is set by walhook and cannot be given"},
+		"custom, webhook-id":      {own(func(s *outbox.Signing) { s.Header = "webhook-ID" }), "signing.header: webhook-ID is set by walhook and cannot be given"},
+		"custom, prefix":          {own(func(s *outbox.Signing) { s.Prefix = "a\r\nb: TOPSECRET" }), "signing.prefix: holds a line break, NUL or another control character"},
+		"custom, placeholder":     {own(func(s *outbox.Signing) { s.Content = "{TOPSECRET}.{body}" }), "signing.content: holds a {…} that is not one of {body}, {id}, {timestamp}"},
+		"custom, constant":        {own(func(s *outbox.Signing) { s.Content = "body" }), "signing.content: holds none of {body}, {id}, {timestamp}"},
+		"custom, all at once": {func(e *outbox.Endpoint) {
+			e.Secrets, e.Signing = []outbox.Secret{"TOPSECRET"}, []outbox.Signing{{Scheme: outbox.SchemeGitHub}, {Scheme: outbox.SchemeCustom}}
+		}, "signing[1].algorithm: is not one of sha1, sha256, sha512\n" +
+			"signing[1].encoding: is not one of hex, HEX, base64\n" +
+			"signing[1].header: is missing\n" +
+			"signing[1].content: holds none of {body}, {id}, {timestamp}"},
+		"header of the scheme":     {func(e *outbox.Endpoint) { plain("github")(e); header("x-hub-signature-256", "TOPSECRET")(e) }, "headers.x-hub-signature-256: is set by walhook and cannot be given"},
+		"header of another scheme": {func(e *outbox.Endpoint) { plain("stripe")(e); header("X-Hub-Signature", "x")(e) }, ""},
+		"header of NFE.io":         {func(e *outbox.Endpoint) { plain("nfeio")(e); header("X-HOOK-ATTEMPTS", "x")(e) }, "headers.X-HOOK-ATTEMPTS: is set by walhook and cannot be given"},
+		"format":                   {func(e *outbox.Endpoint) { e.Format = "xml" }, `format: "xml" is not one of standard, raw, cloudevents, cloudevents-binary`},
+		"timeout":                  {timeout(0), "timeout: must be more than 0"},
 
 		"header":            {header("X-Env", "prod"), ""},
 		"user-agent":        {header("User-Agent", "acme"), ""},
@@ -125,7 +179,7 @@ func FuzzSecret(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		k, err := parseSecret(s)
 		if err == nil {
-			require.NotEmpty(t, sign([]secretKey{k}, "a", "1", &body{}))
+			require.NotEmpty(t, (&signature{keys: []secretKey{k}}).sign("a", "1", &body{}))
 			return
 		}
 		for _, prefix := range []string{"whsec_", "whsk_"} {

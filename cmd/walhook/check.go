@@ -436,7 +436,7 @@ func checkEndpoint(ctx context.Context, i int, e *outbox.Endpoint) []result {
 	if scheme == "http" && !loopback(host, reached.Address) {
 		results = append(results, one(warning, "its URL is plain http", "whoever is in between reads and alters events: use https in "+key+".url"))
 	}
-	if e.Signing == outbox.SigningStandard && len(e.Secrets) == 0 {
+	if e.SignsBy(outbox.SchemeStandard) && len(e.Secrets) == 0 {
 		results = append(results, one(warning, "its requests are not signed", key+`.secrets: ["whsec_…"] (32 random bytes: echo whsec_$(openssl rand -base64 32)), or signing: none to say that it is meant so`))
 	}
 	return results

@@ -10,9 +10,12 @@ import (
 	"net/url"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/goccy/go-yaml/ast"
 
 	"github.com/walhook/walhook/outbox"
 	"github.com/walhook/walhook/sender"
@@ -190,7 +193,7 @@ func (l *loader) config(root value, c *Config) {
 	// The defaults are read first, wherever they stand in the file.
 	sound := true
 	if seen["defaults"] {
-		sound = l.defaults(defaults, &c.Defaults)
+		sound = l.defaults(defaults, endpoints, &c.Defaults)
 	}
 	if seen["endpoints"] {
 		c.Endpoints = l.endpoints(endpoints, c.Defaults, sound)
@@ -318,18 +321,39 @@ func (l *loader) column(c *outbox.Column) func(value) {
 	}
 }
 
-// defaults reads what is under every endpoint; sound says that nothing was wrong with it.
-func (l *loader) defaults(v value, e *outbox.Endpoint) (sound bool) {
+// defaults reads what is under every endpoint; sound says that nothing was wrong with it. Secrets
+// without a scheme, and a scheme without secrets, are judged where an endpoint has both.
+func (l *loader) defaults(v, endpoints value, e *outbox.Endpoint) (sound bool) {
 	before := len(l.problems)
-	l.section(v, l.endpointFields(e)...)
+	seen := l.section(v, l.endpointFields(e)...)
 	if len(l.problems) == before {
 		some := *e
 		some.ID, some.URL = "defaults", "https://localhost"
+		switch {
+		case len(some.Secrets) == 0:
+			some.Secrets = []outbox.Secret{anySecret}
+		case !seen["signing"] && l.eachSays("signing", endpoints):
+			some.Signing = []outbox.Signing{{Scheme: outbox.SchemeNone}}
+		}
 		if err := sender.Validate(some); err != nil {
 			l.foreign(v, err)
 		}
 	}
 	return len(l.problems) == before
+}
+
+// anySecret is one that every scheme takes.
+const anySecret outbox.Secret = "whsec_YW55"
+
+// eachSays tells whether every section of a list has a key, and nothing about it if not.
+func (l *loader) eachSays(key string, list value) bool {
+	known := len(l.problems)
+	defer func() { l.problems = l.problems[:known] }()
+	items, ok := l.items(list)
+	return ok && !slices.ContainsFunc(items, func(item value) bool {
+		entries, _ := l.list(item)
+		return !slices.ContainsFunc(entries, func(e entry) bool { return e.name == key })
+	})
 }
 
 // endpoints reads the endpoints of the file, each over the defaults. What is wrong with those
@@ -387,10 +411,8 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 		{"events", l.globs(&e.Events)},
 		{"filter", l.later("")},
 		{"secrets", l.secrets(&e.Secrets)},
-		{"signing", oneOfNow(l, &e.Signing, []outbox.Signing{outbox.SigningStandard, outbox.SigningNone},
-			"github", "stripe", "shopify", "nfeio")},
-		{"format", oneOfNow(l, &e.Format, []outbox.Format{outbox.FormatStandard, outbox.FormatRaw},
-			"cloudevents", "cloudevents-binary")},
+		{"signing", l.signing(&e.Signing)},
+		{"format", oneOf(l, &e.Format, outbox.FormatStandard, outbox.FormatRaw, outbox.FormatCloudEvents, outbox.FormatCloudEventsBinary)},
 		{"transform", l.later("")},
 		{"auth", l.later("")},
 		{"headers", l.headers(&e.Headers)},
@@ -513,9 +535,48 @@ func (l *loader) secrets(dst *[]outbox.Secret) func(value) {
 		for _, item := range items {
 			s, ok := l.scalar(item, sensitive)
 			if ok && s.text == "" {
-				l.problem(item, "is empty", "whsec_… or whsk_…")
+				l.problem(item, "is empty", "whsec_… or whsk_…; any text where signing is not standard")
 			}
 			*dst = append(*dst, outbox.Secret(s.text))
+		}
+	}
+}
+
+// signing reads one scheme or a list of them: names, and sections for the custom one.
+func (l *loader) signing(dst *[]outbox.Signing) func(value) {
+	names := []outbox.Scheme{
+		outbox.SchemeStandard, outbox.SchemeGitHub, outbox.SchemeStripe, outbox.SchemeShopify, outbox.SchemeNFEio, outbox.SchemeNone,
+	}
+	one := func(v value) outbox.Signing {
+		if !isMapping(v) {
+			var s outbox.Signing
+			oneOf(l, &s.Scheme, names...)(v)
+			return s
+		}
+		s := outbox.CustomSigning()
+		seen := l.section(v,
+			field{"algorithm", oneOf(l, &s.Algorithm, "sha1", "sha256", "sha512")},
+			field{"encoding", oneOf(l, &s.Encoding, "hex", "HEX", "base64")},
+			field{"header", l.name(&s.Header, headerName.MatchString, "the name of a header, as in X-Signature")},
+			field{"prefix", l.text(&s.Prefix)},
+			field{"content", l.name(&s.Content, func(s string) bool { return s != "" }, "text with {body}, {id}, {timestamp}")})
+		if seen != nil && !seen["header"] {
+			l.missing(v, v.path+".header", "the name of a header, as in X-Signature")
+		}
+		return s
+	}
+	return func(v value) {
+		if _, several := v.node.(*ast.SequenceNode); !several {
+			*dst = []outbox.Signing{one(v)}
+			return
+		}
+		items, _ := l.items(v)
+		if len(items) == 0 {
+			l.problem(v, "is empty", "none for requests without a signature")
+		}
+		*dst = nil
+		for _, item := range items {
+			*dst = append(*dst, one(item))
 		}
 	}
 }

@@ -766,23 +766,6 @@ func (l *loader) later(defaults ...string) func(value) {
 	}
 }
 
-// oneOfNow is oneOf where later versions know more: their names, and their sections if
-// they have any, are refused as what they are.
-func oneOfNow[T ~string](l *loader, dst *T, allowed []T, later ...string) func(value) {
-	one := oneOf(l, dst, allowed...)
-	return func(v value) {
-		if !isMapping(v) && !l.isOneOf(v, later...) {
-			one(v)
-			return
-		}
-		names := make([]string, len(allowed))
-		for i, a := range allowed {
-			names[i] = string(a)
-		}
-		l.problem(v, "is not yet supported", strings.Join(names, ", "))
-	}
-}
-
 func (l *loader) boolean(dst *bool) func(value) {
 	return func(v value) {
 		s, ok := l.scalar(v, public)

@@ -229,6 +229,46 @@ defaults:
 	require.Equal(t, 2*time.Second, c.Defaults.Timeout)
 }
 
+func TestSigningIsOneSchemeOrSeveral(t *testing.T) {
+	c := mustLoad(t, `
+database: {url: postgres://localhost/shop}
+outbox: [{table: outbox}]
+defaults: {secrets: [plain]}
+endpoints:
+  - {id: a, url: "https://a", signing: stripe}
+  - {id: b, url: "https://b", secrets: [whsec_YW55], signing: [standard, github]}
+  - {id: c, url: "https://c", signing: {header: X-Sig}}
+  - {id: d, url: "https://d", signing: [shopify, {algorithm: sha512, encoding: HEX, header: X-Sig, prefix: "v0=", content: "{id}.{timestamp}.{body}"}]}
+  - {id: e, url: "https://e", signing: ${NONE}}
+`, envOf(map[string]string{"NONE": "none"}))
+	for i, want := range [][]outbox.Signing{
+		{{Scheme: outbox.SchemeStripe}},
+		{{Scheme: outbox.SchemeStandard}, {Scheme: outbox.SchemeGitHub}},
+		{{Scheme: outbox.SchemeCustom, Algorithm: "sha256", Encoding: "hex", Header: "X-Sig", Content: "{body}"}},
+		{{Scheme: outbox.SchemeShopify}, {Scheme: outbox.SchemeCustom, Algorithm: "sha512", Encoding: "HEX", Header: "X-Sig", Prefix: "v0=", Content: "{id}.{timestamp}.{body}"}},
+		{{Scheme: outbox.SchemeNone}},
+	} {
+		require.Equal(t, want, c.Endpoints[i].Signing)
+	}
+}
+
+// Secrets and schemes meet in an endpoint: defaults may bring either without the other.
+func TestDefaultsMayBringSecretsOrASchemeAlone(t *testing.T) {
+	for name, settings := range map[string][2]string{
+		"secrets": {`secrets: [plain]`, `signing: github`},
+		"scheme":  {`signing: github`, `secrets: [plain]`},
+		"both":    {`signing: github, secrets: [plain]`, `timeout: 1s`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := mustLoad(t, "defaults: {"+settings[0]+"}\n"+in(settings[1]), noEnv)
+			require.Equal(t, []outbox.Signing{{Scheme: outbox.SchemeGitHub}}, c.Endpoints[0].Signing)
+			require.Equal(t, []outbox.Secret{"plain"}, c.Endpoints[0].Secrets)
+		})
+	}
+	_, err := load("defaults: {signing: github}\n"+threeLines, noEnv)
+	require.ErrorContains(t, err, "endpoints[0].secrets: is missing; github signing needs one")
+}
+
 func TestAnchorsAndMergeKeysWork(t *testing.T) {
 	c := mustLoad(t, `
 database: {url: postgres://localhost/shop}
@@ -383,7 +423,7 @@ database: {nonesuch: 1, url: host=h}
 cdc: {nonesuch: 1}
 outbox: [{table: t, nonesuch: 1, columns: {nonesuch: 1}}]
 defaults: {nonesuch: 1}
-endpoints: [{nonesuch: 1, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1}}]
+endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1}}]
 buffer: {nonesuch: 1}
 server: {nonesuch: 1}
 log: {nonesuch: 1}
@@ -406,7 +446,7 @@ log: {nonesuch: 1}
 			require.True(t, strings.Contains(string(page), "`"+section+key+"`"), "docs/configuration.md has no `%s`", section+key)
 		}
 	}
-	require.Equal(t, 14, sections)
+	require.Equal(t, 15, sections)
 }
 
 // What people copy from the pages must be taken as it is.

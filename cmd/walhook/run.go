@@ -279,7 +279,10 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 		return nil, failed{err, exitUsage}
 	}
 	room := hostLimits()
-	p.client, err = sender.New(sender.Config{Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle})
+	p.client, err = sender.New(sender.Config{
+		Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
+		Source: "/walhook/" + cfg.CDC.Instance + "/" + cfg.CDC.Slot,
+	})
 	if err != nil {
 		return nil, err
 	}
