@@ -140,7 +140,7 @@ func TestEndpointsThatHangLeavePlacesForTheOthers(t *testing.T) {
 		}
 		pass(500 * time.Millisecond)
 		synctest.Wait()
-		require.EqualValues(t, 16+8+4, inFlight.Load(), "each has half of what it found")
+		require.LessOrEqual(t, inFlight.Load(), int64(16+8+4), "each has half of what it found at most")
 		well := endpoint("https://well.example/", func(e *outbox.Endpoint) { e.ID = "well" })
 		for range 500 {
 			begin := time.Now()
