@@ -140,7 +140,7 @@ func TestEndpointsThatHangLeavePlacesForTheOthers(t *testing.T) {
 		}
 		pass(500 * time.Millisecond)
 		synctest.Wait()
-		require.LessOrEqual(t, inFlight.Load(), int64(16+8+4), "each has half of what it found at most")
+		require.LessOrEqual(t, int(inFlight.Load()), 16+8+4, "each has half of what it found at most")
 		well := endpoint("https://well.example/", func(e *outbox.Endpoint) { e.ID = "well" })
 		for range 500 {
 			begin := time.Now()
