@@ -82,7 +82,7 @@ func TestRowsFromBeforeTheSlotArriveOnceAndBeforeTheirSuccessors(t *testing.T) {
 		select 'order', 'filled-' || i, 'order.changed', jsonb_build_object('key', 'filled-' || i, 'n', 5001)::text from generate_series(0, 49) i`)
 	requireAll(t, rx, 5850)
 	require.Zero(t, repeats(rx))
-	p.log.line(t, "recovered: the rows", `"rows":`)
+	p.log.line(t, "the first snapshot is taken", `"rows":`)
 	p.stop()
 }
 
