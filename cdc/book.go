@@ -43,6 +43,8 @@ func (s *Survey) Judge(cfg *Config, rec *Record, flushed LSN) *Fault {
 	switch {
 	case rec == nil && slot == nil:
 		return nil
+	case slot != nil && slot.unmade():
+		return &Fault{State: Connecting, Reason: "slot " + slot.Name + " is being made by somebody else"}
 	case rec == nil && !slot.usable():
 		f := cfg.lostSlot(slot, nil)
 		f.Remedy = fmt.Sprintf("nothing was ever read from it: select pg_drop_replication_slot(%s), and a new one is made", quoteText(slot.Name))
@@ -83,6 +85,10 @@ func (s *Survey) Judge(cfg *Config, rec *Record, flushed LSN) *Fault {
 	}
 	return nil
 }
+
+// unmade tells a logical slot that another session is making at this moment: it has a database, and
+// no plugin yet.
+func (s *Slot) unmade() bool { return s.Plugin == "" && s.Database != "" }
 
 func (s *Slot) usable() bool { return s.WALStatus != "lost" && s.Invalid == "" }
 

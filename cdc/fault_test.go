@@ -81,3 +81,15 @@ func TestNoticeOfSkippedEventsIsKnownInEveryLanguage(t *testing.T) {
 	require.True(t, fatalNotice(&pgconn.Notice{Message: `das Laden der Publikation »p« wurde übersprungen`, Routine: "LoadPublications"}))
 	require.False(t, fatalNotice(&pgconn.Notice{Message: "checkpoint complete", Routine: "LogCheckpointEnd"}))
 }
+
+// Instances that start at once see the slot that one of them is making.
+func TestASlotThatIsBeingMadeIsNoFault(t *testing.T) {
+	cfg := Config{Slot: "s"}
+	sv := &Survey{Version: 150000, Database: "d", WALLevel: "logical", Replication: true, Publication: &Publication{Insert: true}, Slot: &Slot{Name: "s", Database: "d"}}
+	require.Nil(t, firstFault(sv.Findings(&cfg)))
+	require.Equal(t, Connecting, sv.Judge(&cfg, nil, 1).State)
+	sv.Slot.Database = "" // a physical one
+	f := firstFault(sv.Findings(&cfg))
+	require.NotNil(t, f)
+	require.True(t, f.Config)
+}

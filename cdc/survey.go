@@ -609,6 +609,8 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 	}
 	drop := fmt.Sprintf("choose another cdc.slot, or, if nobody needs it: select pg_drop_replication_slot('%s')", slot.Name)
 	switch {
+	case slot.unmade():
+		ok("slot", "slot %s is being made", slot.Name)
 	case slot.Plugin != "pgoutput":
 		what := "plugin " + slot.Plugin
 		if slot.Plugin == "" {
