@@ -2,7 +2,6 @@ package cdc
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -39,7 +38,6 @@ type StandbyHost struct {
 	Feedback bool  // hot_standby_feedback
 	Physical string
 	Slot     *Slot // its copy of ours
-	Synced   bool
 }
 
 const standbySQL = `
@@ -100,12 +98,7 @@ func lookAtStandby(ctx context.Context, c *pgx.ConnConfig, slot string) *Standby
 		return st
 	}
 	st.SlotSync = on != nil && *on
-	if st.Slot, st.Reached = readSlot(ctx, conn, slot); st.Reached == nil && st.Slot != nil {
-		st.Reached = conn.QueryRow(ctx, "select coalesce((to_jsonb(s) ->> 'synced')::bool, false) from pg_replication_slots s where slot_name = $1", slot).Scan(&st.Synced)
-		if errors.Is(st.Reached, pgx.ErrNoRows) {
-			st.Slot, st.Reached = nil, nil
-		}
-	}
+	st.Slot, st.Reached = readSlot(ctx, conn, slot)
 	return st
 }
 
@@ -124,7 +117,7 @@ func (st *StandbyHost) ready() (bool, string) {
 		return false, "the slot has not come there yet; it does within seconds where primary_conninfo names a dbname"
 	case !st.Slot.usable():
 		return false, "its copy of the slot is invalid (" + st.Slot.Invalid + ")"
-	case !st.Synced || st.Slot.Temporary:
+	case !st.Slot.Synced || st.Slot.Temporary:
 		return false, "its copy of the slot is not lasting yet: it becomes so when walhook has confirmed something newer"
 	}
 	return true, ""

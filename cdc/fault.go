@@ -127,7 +127,7 @@ func FaultOf(err error) *Fault {
 		f.Remedy = "check user and password in database.url and the server's pg_hba.conf (replication connections need a line for this database)"
 	case "3D000":
 		f.Reason = "the database of database.url does not exist"
-	case "42501":
+	case codeDenied:
 		f.Reason = "a right is missing"
 		f.Remedy = "run the SQL that `walhook init` prints"
 	case "53300":

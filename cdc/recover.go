@@ -159,10 +159,10 @@ type cost struct {
 	missed missed
 	at     time.Time
 	holds  time.Duration // for how long it is good enough: it reads whole tables
-	rows   int64         // -1: could not be counted
-	before int64         // rows of as many transactions before those
-	gone   bool          // rows were deleted from a table, so some that were missed may be gone
-	err    error
+	rows   int64
+	before int64 // rows of as many transactions before those
+	gone   bool  // rows were deleted from a table, so some that were missed may be gone
+	err    error // of counting, whose numbers then mean nothing
 }
 
 // rowXID is a row's transaction as a 64-bit id. xmin has the lower half; the upper one is that of
@@ -181,7 +181,7 @@ func (f *Found) from() string {
 }
 
 func (s *Stream) count(ctx context.Context, sv *Survey, m missed) *cost {
-	c := &cost{missed: m, at: time.Now(), rows: -1}
+	c := &cost{missed: m, at: time.Now()}
 	defer func() { c.holds = max(5*time.Second, 50*time.Since(c.at)) }()
 	conn, err := s.cfg.connectLong(ctx)
 	if err != nil {
@@ -189,7 +189,6 @@ func (s *Stream) count(ctx context.Context, sv *Survey, m missed) *cost {
 		return c
 	}
 	defer closeSQL(conn)
-	c.rows = 0
 	for i := range sv.Tables {
 		f := &sv.Tables[i]
 		var rows, before int64
@@ -199,7 +198,7 @@ func (s *Stream) count(ctx context.Context, sv *Survey, m missed) *cost {
 			" from (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as r) ref"+
 			" cross join lateral (select "+rowXID("r")+" as x from "+f.from()+") t", int64(m.xmin), f.OID).Scan(&rows, &before, &gone)
 		if err != nil {
-			c.rows, c.err = -1, err
+			c.err = err
 			return c
 		}
 		c.rows, c.before, c.gone = c.rows+rows, c.before+before, c.gone || gone
@@ -217,9 +216,9 @@ func (s *Stream) judgeCost(f *Fault, mode Recovery, sv *Survey) *Fault {
 	lost := &Fault{State: Lost, Reason: f.Reason}
 	what := "what may have been missed"
 	switch {
-	case c.rows >= 0 && c.missed.xmin == 0:
+	case c.err == nil && c.missed.xmin == 0:
 		what = fmt.Sprintf("all %d rows of the outbox, as nothing tells which may have been missed", c.rows)
-	case c.rows >= 0:
+	case c.err == nil:
 		what = fmt.Sprintf("the %d rows that may have been missed", c.rows)
 	}
 	if c.gone {

@@ -31,10 +31,7 @@ type Schema struct {
 
 // Checkpointed is a row of walhook.checkpoints.
 type Checkpointed struct {
-	Slot     string
-	Instance string
-	System   string
-	Database string
+	Slot string
 	Record
 }
 
@@ -62,7 +59,7 @@ from walhook.schema_migrations`
 
 // What a migration to come brings is read where it is there already.
 const checkpointsSQL = `
-select slot, instance, system_identifier, database, lsn::text, coalesce(snap_xmin, 0)::text::bigint,
+select slot, lsn::text, coalesce(snap_xmin, 0)::text::bigint,
        coalesce((to_jsonb(c) ->> 'proven_xmin')::bigint, 0), coalesce(to_jsonb(c) ->> 'gap', ''), to_jsonb(c) -> 'tables'
 from walhook.checkpoints c
 order by slot`
@@ -99,7 +96,7 @@ func inspectSchema(ctx context.Context, conn *pgx.Conn) (*Schema, error) {
 	}
 	var pg *pgconn.PgError
 	err = conn.QueryRow(ctx, systemSQL).Scan(&sc.System)
-	if err != nil && !(errors.As(err, &pg) && pg.Code == "42501") { // everybody may, unless somebody revoked it
+	if err != nil && !(errors.As(err, &pg) && pg.Code == codeDenied) { // everybody may, unless somebody revoked it
 		return nil, fmt.Errorf("identify server: %w", err)
 	}
 	if sc.Usage && migrations {
@@ -112,7 +109,7 @@ func inspectSchema(ctx context.Context, conn *pgx.Conn) (*Schema, error) {
 		rows, _ := conn.Query(ctx, checkpointsSQL) // its error comes from CollectRows
 		sc.Checkpoints, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (c Checkpointed, err error) {
 			var at string
-			if err = r.Scan(&c.Slot, &c.Instance, &c.System, &c.Database, &at, &c.Xmin, &c.Proven, &c.Gap, &c.Tables); err == nil {
+			if err = r.Scan(&c.Slot, &at, &c.Xmin, &c.Proven, &c.Gap, &c.Tables); err == nil {
 				c.LSN, err = ParseLSN(at)
 			}
 			return c, err

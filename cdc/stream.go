@@ -653,13 +653,8 @@ func (s *Stream) lookAgain(ctx context.Context) error {
 // publish creates the publication, or adds the tables that it lacks. The tables are locked
 // first: old minor versions lose the rows of a transaction that is open meanwhile.
 func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) (done bool, err error) {
-	var missing []string
-	for _, t := range sv.Tables {
-		if !t.Published {
-			missing = append(missing, t.String())
-		}
-	}
-	if sv.Publication != nil && len(missing) == 0 {
+	tables, _ := sv.unpublished()
+	if sv.Publication != nil && len(tables) == 0 {
 		return false, nil
 	}
 	if h := sv.Slot; h != nil && h.ActivePID != 0 && h.ActivePID != s.pid {
@@ -667,17 +662,13 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) (done 
 		// would be passed over.
 		return false, &Fault{State: Standby, Reason: "another process holds the slot; the publication waits for it"}
 	}
-	sql := "create publication " + quoteName(s.cfg.Publication)
-	if len(missing) > 0 {
-		sql += " for table " + strings.Join(missing, ", ")
-	}
-	sql += " with (publish = 'insert', publish_via_partition_root = true)"
+	missing, sql := tableList(tables), createPublication(s.cfg.Publication, tables)
 	if sv.Publication != nil {
-		sql = "alter publication " + quoteName(s.cfg.Publication) + " add table " + strings.Join(missing, ", ")
+		sql = addTables(s.cfg.Publication, tables)
 	}
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		if len(missing) > 0 {
-			if _, err := tx.Exec(ctx, "lock table "+strings.Join(missing, ", ")+" in share row exclusive mode"); err != nil {
+		if len(tables) > 0 {
+			if _, err := tx.Exec(ctx, "lock table "+missing+" in share row exclusive mode"); err != nil {
 				return err
 			}
 		}
@@ -687,12 +678,12 @@ func (s *Stream) publish(ctx context.Context, conn *pgx.Conn, sv *Survey) (done 
 	var pg *pgconn.PgError
 	switch {
 	case err == nil:
-		s.log.Info("published", zap.String("publication", s.cfg.Publication), zap.Strings("tables", missing))
+		s.log.Info("published", zap.String("publication", s.cfg.Publication), zap.Stringers("tables", tables))
 		return true, nil
-	case errors.As(err, &pg) && pg.Code == "42501":
-		return false, &Fault{State: Waiting, Reason: "role " + sv.Role + " may not publish " + strings.Join(missing, ", "), Err: err, Remedy: "run the SQL that `walhook init` prints, or as the owner: " + sql}
+	case errors.As(err, &pg) && pg.Code == codeDenied:
+		return false, &Fault{State: Waiting, Reason: "role " + sv.Role + " may not publish " + missing, Err: err, Remedy: "run the SQL that `walhook init` prints, or as the owner: " + sql}
 	case errors.As(err, &pg) && pg.Code == "55P03":
-		return false, &Fault{State: Connecting, Reason: "a long transaction writes to " + strings.Join(missing, ", ") + ", so it cannot be added to the publication yet", Err: err}
+		return false, &Fault{State: Connecting, Reason: "a long transaction writes to " + missing + ", so it cannot be added to the publication yet", Err: err}
 	case errors.As(err, &pg) && pg.Code == "42710": // another instance was faster
 		return true, nil
 	}

@@ -66,6 +66,7 @@ type Slot struct {
 	WALStatus string // reserved, extended, unreserved, lost
 	Invalid   string // invalidation_reason, Postgres 17 and later
 	Failover  bool   // standbys take it over, Postgres 17 and later
+	Synced    bool   // it is a standby's copy of its primary's, Postgres 17 and later
 	Temporary bool
 	Wait      string // wait event of its walsender
 	Restart   LSN
@@ -261,7 +262,8 @@ select current_setting('server_version_num')::int,
 
 const slotSQL = `
 select slot_name, coalesce(plugin, ''), coalesce(database, ''), coalesce(active_pid, 0), coalesce(wal_status, ''),
-       coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), coalesce((to_jsonb(s) ->> 'failover')::bool, false), temporary,
+       coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), coalesce((to_jsonb(s) ->> 'failover')::bool, false),
+       coalesce((to_jsonb(s) ->> 'synced')::bool, false), temporary,
        coalesce((select a.wait_event from pg_stat_activity a where a.pid = s.active_pid), ''),
        coalesce(restart_lsn::text, '0/0'), coalesce(confirmed_flush_lsn::text, '0/0'),
        case when pg_is_in_recovery() then 0 else coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0) end::bigint
@@ -356,7 +358,7 @@ func readSlot(ctx context.Context, conn *pgx.Conn, name string) (*Slot, error) {
 	s := &Slot{}
 	var restart, confirmed string
 	err := conn.QueryRow(ctx, slotSQL, name).Scan(&s.Name, &s.Plugin, &s.Database, &s.ActivePID, &s.WALStatus,
-		&s.Invalid, &s.Failover, &s.Temporary, &s.Wait, &restart, &confirmed, &s.Retained)
+		&s.Invalid, &s.Failover, &s.Synced, &s.Temporary, &s.Wait, &restart, &confirmed, &s.Retained)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil
 	}

@@ -344,7 +344,7 @@ func TestAnEndpointWithAForgottenIDIsAStranger(t *testing.T) {
 	require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/")).Verdict)
 }
 
-// FAULTS 113: gobreaker's State() would make an open circuit half-open, and say so, when it is looked at.
+// docs/faults.md 113: gobreaker's State() would make an open circuit half-open, and say so, when it is looked at.
 func TestAScrapeMovesNoCircuit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := setup(t, script(500))

@@ -150,7 +150,7 @@ func TestAReceiverCannotMakeSeriesWithoutEnd(t *testing.T) {
 	require.Equal(t, maxCodes+1, testutil.CollectAndCount(b.metrics.attempts))
 }
 
-// FAULTS 103.
+// docs/faults.md 103.
 func TestAHangingEndpointSlowsNoOther(t *testing.T) {
 	hanging, healthy := sendertest.New(t, sendertest.Config{}), sendertest.New(t, sendertest.Config{})
 	hanging.Script(sendertest.Times(64, sendertest.Hang())...)
@@ -199,7 +199,7 @@ func TestForgetClosesConnectionsThatNobodySharesAnyMore(t *testing.T) {
 	require.Empty(t, b.transports)
 }
 
-// FAULTS 102: memory and connections stay small, whatever the number of endpoints.
+// docs/faults.md 102: memory and connections stay small, whatever the number of endpoints.
 func TestTenThousandEndpointsShareOneTransport(t *testing.T) {
 	rx := sendertest.New(t, sendertest.Config{Keep: 1})
 	b := setup(t, nil)

@@ -70,7 +70,7 @@ func nameServer(t *testing.T, answer func(kind uint16) (code byte, addrs []netip
 	}}
 }
 
-// FAULTS 99.
+// docs/faults.md 99.
 func TestEachDNSFaultIsRetriedAndSaysWhatIsWrong(t *testing.T) {
 	rx := sendertest.New(t, sendertest.Config{})
 	_, port, err := net.SplitHostPort(rx.Addr())
@@ -140,7 +140,7 @@ func TestEachDNSFaultIsRetriedAndSaysWhatIsWrong(t *testing.T) {
 	}
 }
 
-// FAULTS 99: a name that moved is noticed when its idle connection is closed, and that is soon.
+// docs/faults.md 99: a name that moved is noticed when its idle connection is closed, and that is soon.
 func TestAnIdleConnectionIsNotKeptForLong(t *testing.T) {
 	tr := newTransport(guard{origin: outbox.FromFile}, new(tls.Config), 1)
 	require.LessOrEqual(t, tr.IdleConnTimeout, 90*time.Second)

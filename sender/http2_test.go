@@ -225,7 +225,7 @@ func TestAReceiverThatRefusesEveryStreamCostsItsAttempts(t *testing.T) {
 	require.LessOrEqual(t, requests.Load(), int32(3), "and it is not hammered meanwhile")
 }
 
-// FAULTS 91, over HTTP/2.
+// docs/faults.md 91, over HTTP/2.
 func TestEndlessHTTP2AnswersCostLittleMemory(t *testing.T) {
 	junk := append([]byte{0x00, 1, 'x', 100}, bytes.Repeat([]byte{'y'}, 100)...) // a literal header field: x with 100 bytes
 	for name, c := range map[string]struct {

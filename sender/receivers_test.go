@@ -277,7 +277,7 @@ func TestAHangingBodyIsLeftAfterASecond(t *testing.T) {
 	}
 }
 
-// FAULTS 89: the receiver closes a connection just as we use it again.
+// docs/faults.md 89: the receiver closes a connection just as we use it again.
 func TestAStaleConnectionCostsNoAttempt(t *testing.T) {
 	bodies := make(chan string, 10)
 	url := raw(t, func(n int, conn net.Conn, in *bufio.Reader) {
@@ -368,7 +368,7 @@ func TestAReceiverThatAlwaysResetsCostsItsAttempts(t *testing.T) {
 	require.EqualValues(t, 3, requests.Load())
 }
 
-// FAULTS 94: neither the body nor its signature goes to another host.
+// docs/faults.md 94: neither the body nor its signature goes to another host.
 func TestRedirectsAreNeverFollowed(t *testing.T) {
 	other := sendertest.New(t, sendertest.Config{})
 	rx := sendertest.New(t, sendertest.Config{})
@@ -383,7 +383,7 @@ func TestRedirectsAreNeverFollowed(t *testing.T) {
 	require.Zero(t, other.Count())
 }
 
-// FAULTS 96: the answer counts, though the body was not sent to its end. (Where a reset
+// docs/faults.md 96: the answer counts, though the body was not sent to its end. (Where a reset
 // overtakes the answer, the kernel throws the answer away: that is a reset, and retried.)
 func TestAnEarlyAnswerIsTheAnswer(t *testing.T) {
 	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
@@ -440,7 +440,7 @@ func TestALargePayloadIsSentWithoutACopy(t *testing.T) {
 	require.Equal(t, outbox.ReasonTooLarge, b.Send(t.Context(), outbox.Attempt{Event: ev, Endpoint: e, Number: 1}).Reason)
 }
 
-// FAULTS 97: a second answer that nobody asked for ends the connection. (One that is there
+// docs/faults.md 97: a second answer that nobody asked for ends the connection. (One that is there
 // before net/http looks may still be taken for the next request's; it comes from the receiver itself.)
 func TestASmuggledAnswerEndsItsConnection(t *testing.T) {
 	dropped := make(chan struct{})
@@ -462,7 +462,7 @@ func TestASmuggledAnswerEndsItsConnection(t *testing.T) {
 	require.Equal(t, 201, b.send(endpoint(url)).Status)
 }
 
-// FAULTS 98: a HTTP/2 connection whose other end is gone without a word.
+// docs/faults.md 98: a HTTP/2 connection whose other end is gone without a word.
 func TestADeadHTTP2ConnectionIsNoticed(t *testing.T) {
 	cert, _, err := sendertest.Certificate("x.example", time.Now().AddDate(-20, 0, 0)) // a bubble begins in 2000
 	require.NoError(t, err)
@@ -543,7 +543,7 @@ func (p *pipes) Accept() (net.Conn, error) {
 func (p *pipes) Close() error   { close(p.over); return nil }
 func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
 
-// FAULTS 100.
+// docs/faults.md 100.
 func TestEachTLSFaultSaysWhatIsWrong(t *testing.T) {
 	good, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
 	require.NoError(t, err)
@@ -656,7 +656,7 @@ func TestWhatWeCutShortSpendsNoAttempt(t *testing.T) {
 	require.Equal(t, 1, rx.Count(), "a context that has ended sends nothing")
 }
 
-// FAULTS 105, and what of a request could bring a receiver into trouble.
+// docs/faults.md 105, and what of a request could bring a receiver into trouble.
 func TestRequestsArePlainHTTP(t *testing.T) {
 	heads := make(chan string, 1)
 	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {

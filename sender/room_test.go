@@ -49,7 +49,7 @@ func dialError(err error, ip string) error {
 	return &net.OpError{Op: "dial", Net: "tcp", Addr: &net.TCPAddr{IP: net.ParseIP(ip), Port: 443}, Err: os.NewSyscallError("socket", err)}
 }
 
-// FAULTS 125: it spends no attempt, blames no endpoint, and is said once a shortage.
+// docs/faults.md 125: it spends no attempt, blames no endpoint, and is said once a shortage.
 func TestWhatThisHostLacksIsNoFaultOfTheEndpoint(t *testing.T) {
 	for name, err := range map[string]error{
 		"descriptors":                   dialError(syscall.EMFILE, "10.0.0.1"),
@@ -107,7 +107,7 @@ func TestAnAddressThatCannotBeReachedFromHereSpendsAttempts(t *testing.T) {
 	require.Equal(t, failure, counts)
 }
 
-// FAULTS 103, 125: endpoints that hang take their part of the places and no more.
+// docs/faults.md 103, 125: endpoints that hang take their part of the places and no more.
 func TestEndpointsThatHangLeavePlacesForTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var inFlight, most atomic.Int32
@@ -161,7 +161,7 @@ func TestEndpointsThatHangLeavePlacesForTheOthers(t *testing.T) {
 	})
 }
 
-// FAULTS 141: a thousand endpoints, a handful of places, and each comes to its turn.
+// docs/faults.md 141: a thousand endpoints, a handful of places, and each comes to its turn.
 func TestManyEndpointsShareFewPlacesAndNoneStarves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n, places, rounds = 1000, 100, 5
@@ -218,7 +218,7 @@ func TestAPanicLeavesItsPlace(t *testing.T) {
 	require.Zero(t, b.room.flying)
 }
 
-// FAULTS 102: idle connections of all transports together stay within the bound.
+// docs/faults.md 102: idle connections of all transports together stay within the bound.
 func TestConnectionsStayWithinTheirBoundHoweverManyHostsAndTransports(t *testing.T) {
 	rx := sendertest.New(t, sendertest.Config{Addr: "0.0.0.0:0", Keep: 1})
 	_, port, err := net.SplitHostPort(rx.Addr())

@@ -99,7 +99,7 @@ func startBy(t *testing.T, shell, config string, change ...func(*exec.Cmd)) *pro
 	return p.streaming()
 }
 
-// FAULTS 102, 125, 134: four hundred endpoints, each on an address of its own, with 256 descriptors.
+// docs/faults.md 102, 125, 134: four hundred endpoints, each on an address of its own, with 256 descriptors.
 func TestFewDescriptorsAreEnoughForManyEndpoints(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -146,7 +146,7 @@ func limitDescriptors(t *testing.T, pid int, soft uint64) (was uint64) {
 	return old.Cur
 }
 
-// FAULTS 125: somebody else ate the descriptors, so each dial fails at once.
+// docs/faults.md 125: somebody else ate the descriptors, so each dial fails at once.
 func TestAHostWithoutDescriptorsSpendsNoAttempt(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -182,7 +182,7 @@ func TestAHostWithoutDescriptorsSpendsNoAttempt(t *testing.T) {
 	require.Equal(t, 1, strings.Count(p.log.String(), "this host is short"), "said once")
 }
 
-// FAULTS 134: no HOME, no entry in passwd, nowhere to write, not a byte of a file written.
+// docs/faults.md 134: no HOME, no entry in passwd, nowhere to write, not a byte of a file written.
 func TestItNeedsNoHomeNoNameAndNoFileOfItsOwn(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -198,7 +198,7 @@ func startInto(t *testing.T, stderr *os.File, shell, config string) *exec.Cmd {
 	return cmd
 }
 
-// FAULTS 126, 133: whatever becomes of stderr, rows arrive and the process ends when it is told.
+// docs/faults.md 126, 133: whatever becomes of stderr, rows arrive and the process ends when it is told.
 func TestDeliveryGoesOnWhateverBecomesOfTheLog(t *testing.T) {
 	t.Parallel()
 	const plain = `exec "$0" run --config "$1"`

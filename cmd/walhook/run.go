@@ -468,12 +468,17 @@ func (w *walStatus) Collect(ch chan<- prometheus.Metric) {
 	if sv := w.stream.Status().Survey; sv != nil && sv.Slot != nil {
 		present = sv.Slot.WALStatus
 	}
-	for _, s := range []string{"reserved", "extended", "unreserved", "lost"} {
+	collectOne(ch, walStatusDesc, present, []string{"reserved", "extended", "unreserved", "lost"})
+}
+
+// collectOne is a series for each label, 1 for the present one.
+func collectOne[T ~string](ch chan<- prometheus.Metric, desc *prometheus.Desc, present T, all []T) {
+	for _, label := range all {
 		v := 0.0
-		if s == present {
+		if label == present {
 			v = 1
 		}
-		ch <- prometheus.MustNewConstMetric(walStatusDesc, prometheus.GaugeValue, v, s)
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, v, string(label))
 	}
 }
 
@@ -485,14 +490,7 @@ var streamStateDesc = prometheus.NewDesc("walhook_stream_state", "1 for the pres
 func (s *streamState) Describe(ch chan<- *prometheus.Desc) { ch <- streamStateDesc }
 
 func (s *streamState) Collect(ch chan<- prometheus.Metric) {
-	present := s.stream.Status().State
-	for _, state := range []cdc.State{cdc.Connecting, cdc.Streaming, cdc.Standby, cdc.Waiting, cdc.Recovering, cdc.Lost} {
-		v := 0.0
-		if state == present {
-			v = 1
-		}
-		ch <- prometheus.MustNewConstMetric(streamStateDesc, prometheus.GaugeValue, v, string(state))
-	}
+	collectOne(ch, streamStateDesc, s.stream.Status().State, []cdc.State{cdc.Connecting, cdc.Streaming, cdc.Standby, cdc.Waiting, cdc.Recovering, cdc.Lost})
 }
 
 // claims gives the stream and the relay the record of who holds the slot and how far it is settled.

@@ -162,7 +162,7 @@ func (n node) each(visit func(node)) {
 	}
 }
 
-// FAULTS 78, 139: the tables are far larger than what is asked for, and the planner knows it, or
+// docs/faults.md 78, 139: the tables are far larger than what is asked for, and the planner knows it, or
 // its statistics are of a quieter hour: nearly no row in many pages.
 func TestReadsTakeNoMoreThanTheyReturn(t *testing.T) {
 	b := setup(t)

@@ -349,7 +349,7 @@ func TestFillThatEndsEarlyLeavesNothing(t *testing.T) {
 	}
 }
 
-// FAULTS 76: it was done, and nobody was told.
+// docs/faults.md 76: it was done, and nobody was told.
 func TestLostAnswerToACommitIsAnError(t *testing.T) {
 	b := setup(t)
 	p := newProxy(t, b)

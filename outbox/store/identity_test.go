@@ -150,7 +150,7 @@ func TestHostsOfTheURLAreSortedAndNamedOnce(t *testing.T) {
 	}
 }
 
-// FAULTS 36: identifier, database and instance are all copied with the files.
+// docs/faults.md 36: identifier, database and instance are all copied with the files.
 func TestCopyOfTheFilesIsNotTakenOver(t *testing.T) {
 	original, clone := pgtest.New(t, pgtest.Config{}), pgtest.New(t, pgtest.Config{})
 	b := empty(t, original.URL())

@@ -375,7 +375,7 @@ func TestSlotOfAnotherClusterIsRefused(t *testing.T) {
 	require.False(t, errors.As(err, &copied))
 }
 
-// FAULTS 2.5: the slot may be told once the stream has passed the proof, and it must get there.
+// docs/faults.md 2.5: the slot may be told once the stream has passed the proof, and it must get there.
 func TestProofIsBehindTheCommitAndOnDisk(t *testing.T) {
 	b := setup(t)
 	conn, err := pgx.Connect(t.Context(), b.url)
@@ -403,7 +403,7 @@ func TestProofIsBehindTheCommitAndOnDisk(t *testing.T) {
 	}
 }
 
-// FAULTS 3.2: what is recorded had ended below the checkpoint, also while others run on.
+// docs/faults.md 3.2: what is recorded had ended below the checkpoint, also while others run on.
 func TestSnapshotIsOlderThanItsCheckpoint(t *testing.T) {
 	b := setup(t)
 	xmin := func() uint64 { return b.saved().SnapXmin }
@@ -504,7 +504,7 @@ func TestDeadlockIsTriedAgain(t *testing.T) {
 	require.Equal(t, "evt_1", rows[0].Event.ID)
 }
 
-// FAULTS 77: it fails as long as the table cannot be written, and goes on afterwards.
+// docs/faults.md 77: it fails as long as the table cannot be written, and goes on afterwards.
 func TestFailedWriteCanBeDoneAgain(t *testing.T) {
 	b := setup(t)
 	b.exec("alter table walhook.deliveries rename to away")

@@ -119,7 +119,7 @@ func TestSchemaOfVersion1IsMigratedAndNothingLost(t *testing.T) {
 	require.Equal(t, b.here("default"), b.saved().Identity)
 }
 
-// FAULTS 87: during a rolling upgrade both are at work, and either may take over from the other.
+// docs/faults.md 87: during a rolling upgrade both are at work, and either may take over from the other.
 func TestProgramOfVersion1WorksBesideThis(t *testing.T) {
 	b := atVersion(t, 1)
 	old := b.version1()
