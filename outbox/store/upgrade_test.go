@@ -99,7 +99,7 @@ func TestSchemaOfVersion1IsMigratedAndNothingLost(t *testing.T) {
 	require.EqualValues(t, 1, old.save(200, "70"))
 
 	require.NoError(t, b.Migrate(t.Context()))
-	require.Equal(t, 2, b.count("schema_migrations"))
+	require.Equal(t, SchemaVersion(), b.count("schema_migrations"))
 	saved := b.saved()
 	require.Equal(t, Saved{
 		Checkpoint: outbox.Checkpoint{LSN: 200},
