@@ -27,6 +27,8 @@ type Record struct {
 	Proven uint64            // Xmin as of the last look that found publication and tables as they should be
 	Gap    string            // why committed rows may be missing from the stream; empty where nothing is known
 	Tables map[string]uint32 // OIDs of the published tables by their names as SQL takes them, and their entries in the publication; nil is not known
+
+	Mirrored bool // the sink has the rows of Config.Mirror as of LSN
 }
 
 // missed is how the rows are found that the stream may have missed.

@@ -22,11 +22,12 @@ var (
 type kind uint8
 
 const (
-	kindSkipped  kind = iota // well-formed, and of no interest: Type, Origin, Update, Delete, Truncate
+	kindSkipped  kind = iota // well-formed, and of no interest: Type, Origin, and changes of tables of which only inserts count
 	kindBegin                // lsn, time, xid
 	kindCommit               // lsn, endLSN, time
 	kindRelation             // relation
 	kindInsert               // relation, values
+	kindChange               // op, relation, values, old: of the mirrored table
 	kindMessage              // lsn, transactional, prefix, content
 )
 
@@ -39,8 +40,11 @@ type message struct {
 	lsn           LSN       // of the commit record, in Begin (that is still to come) and Commit; of a logical message itself
 	endLSN        LSN       // behind the commit record
 	time          time.Time // of the commit, by the server's clock
+	op            Op
+	partial       bool // a value that did not change was not sent
 	relation      *Relation
 	values        [][]byte
+	old           [][]byte
 	prefix        string
 	content       []byte
 }
@@ -54,7 +58,9 @@ type message struct {
 // announces each relation once to each.
 type decoder struct {
 	relations map[uint32]*Relation // by OID, as last announced
+	mirror    Table                // of which every change counts; zero is none
 	values    [][]byte             // lent to the last insert
+	old       [][]byte             // lent to the last change
 	prefix    string               // the last message's, because the next one's is likely the same
 }
 
@@ -85,22 +91,22 @@ func (d *decoder) decode(data []byte) (message, error) {
 		in.take(8)      // LSN of the commit on the origin
 		in.terminated() // name
 	case 'U':
-		in.take(4)
-		mark := in.byte()
-		if mark == 'K' || mark == 'O' { // the old key, or the whole old row
-			d.tuple(&in)
-			mark = in.byte()
-		}
-		in.expect(mark, "N")
-		d.tuple(&in)
+		d.update(&in, &m)
 	case 'D':
-		in.take(4)
+		oid := in.uint32()
 		in.expect(in.byte(), "KO")
-		d.tuple(&in)
+		d.tuple(&in, &d.old)
+		d.values = d.values[:0]
+		d.change(&in, &m, Delete, oid)
 	case 'T':
 		relations := in.uint32()
 		in.take(1) // CASCADE, RESTART IDENTITY
-		in.take(4 * int64(relations))
+		d.values, d.old = d.values[:0], d.old[:0]
+		for rest := in.take(4 * int64(relations)); len(rest) > 0; rest = rest[4:] {
+			if oid := binary.BigEndian.Uint32(rest); m.kind == kindSkipped {
+				d.change(&in, &m, Truncate, oid)
+			}
+		}
 	default:
 		return message{}, fmt.Errorf("decode: %w %q (0x%02x)", errUnknownMessage, data[0], data[0])
 	}
@@ -116,7 +122,7 @@ func (d *decoder) decode(data []byte) (message, error) {
 func (d *decoder) insert(in *input, m *message) {
 	oid := in.uint32()
 	in.expect(in.byte(), "N")
-	unchanged := d.tuple(in)
+	unchanged := d.tuple(in, &d.values)
 	if in.err != nil {
 		return
 	}
@@ -133,10 +139,57 @@ func (d *decoder) insert(in *input, m *message) {
 	*m = message{kind: kindInsert, relation: relation, values: d.values}
 }
 
-// tuple reads a row's values to d.values and tells whether one is "unchanged", that is
-// not sent; only the new row of an update may have such.
-func (d *decoder) tuple(in *input) (unchanged bool) {
-	d.values = d.values[:0]
+// update reads the new row of an update, and before it the old one where the table's replica
+// identity sends it. A large value that did not change is taken from there.
+func (d *decoder) update(in *input, m *message) {
+	oid := in.uint32()
+	mark := in.byte()
+	d.old = d.old[:0]
+	if mark == 'K' || mark == 'O' { // the old key, or the whole old row
+		d.tuple(in, &d.old)
+		mark = in.byte()
+	}
+	in.expect(mark, "N")
+	partial := false
+	if d.tuple(in, &d.values) {
+		for i, v := range d.values {
+			if !isUnchanged(v) {
+				continue
+			}
+			if d.values[i] = nil; i < len(d.old) {
+				d.values[i] = d.old[i]
+			}
+			partial = partial || d.values[i] == nil
+		}
+	}
+	if d.change(in, m, Update, oid); m.kind == kindChange {
+		m.partial = partial
+	}
+}
+
+// change fills in the message where the change is of the mirrored table.
+func (d *decoder) change(in *input, m *message, op Op, oid uint32) {
+	relation := d.relations[oid]
+	if in.err != nil || relation == nil || !relation.Mirror {
+		return
+	}
+	columns := len(relation.Columns)
+	if op == Delete && len(d.old) != columns || op == Update && (len(d.values) != columns || len(d.old) != columns && len(d.old) != 0) {
+		in.fail(fmt.Errorf("%w: %d and %d values for the %d columns of %s.%s", errMalformed,
+			len(d.old), len(d.values), columns, relation.Schema, relation.Name))
+	}
+	*m = message{kind: kindChange, op: op, relation: relation, values: d.values, old: d.old}
+}
+
+// unchangedMark stands for a value that was not sent.
+var unchangedMark = []byte{'u'}
+
+func isUnchanged(v []byte) bool { return len(v) == 1 && &v[0] == &unchangedMark[0] }
+
+// tuple reads a row's values and tells whether one is "unchanged", that is not sent; only the new
+// row of an update may have such.
+func (d *decoder) tuple(in *input, into *[][]byte) (unchanged bool) {
+	*into = (*into)[:0]
 	for columns := in.uint16(); columns > 0; columns-- {
 		var value []byte
 		switch mark := in.byte(); mark {
@@ -144,14 +197,14 @@ func (d *decoder) tuple(in *input) (unchanged bool) {
 			value = in.take(int64(in.int32()))
 		case 'n':
 		case 'u':
-			unchanged = true
+			value, unchanged = unchangedMark, true
 		default:
 			in.expect(mark, "tbnu")
 		}
 		if in.err != nil {
 			return false
 		}
-		d.values = append(d.values, value)
+		*into = append(*into, value)
 	}
 	return unchanged
 }
@@ -183,6 +236,7 @@ func (d *decoder) relation(in *input, m *message) {
 	if d.relations == nil {
 		d.relations = make(map[uint32]*Relation)
 	}
+	r.Mirror = d.mirror.Name != "" && r.Schema == d.mirror.Schema && r.Name == d.mirror.Name
 	d.relations[r.OID] = r
 	*m = message{kind: kindRelation, relation: r}
 }

@@ -50,3 +50,18 @@ func (p Position) Compare(q Position) int {
 
 // String is the commit's LSN and the ordinal with a colon: 16/B374D848:3.
 func (p Position) String() string { return p.Commit.String() + ":" + strconv.FormatUint(p.Ordinal, 10) }
+
+// ParsePosition reads what String writes.
+func ParsePosition(s string) (p Position, err error) {
+	lsn, ordinal, ok := strings.Cut(s, ":")
+	if !ok {
+		return p, fmt.Errorf("parse position %q: want an LSN and a number with a colon", s)
+	}
+	if p.Commit, err = ParseLSN(lsn); err != nil {
+		return Position{}, err
+	}
+	if p.Ordinal, err = strconv.ParseUint(ordinal, 10, 64); err != nil {
+		return Position{}, fmt.Errorf("parse position %q: %w", s, err)
+	}
+	return p, nil
+}

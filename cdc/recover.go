@@ -54,7 +54,7 @@ var ErrLost = errors.New("the stream has missed rows and is recovered")
 // Transactions are told by the xmin of their rows, against the oldest one that was running at
 // the last checkpoint. Whether a snapshot of then would see a row (pg_visible_in_snapshot) is not asked:
 // the answer is wrong for subtransactions.
-func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.IdentifySystemResult, sv *Survey, rec *Record, f *Fault) (*Slot, error) {
+func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.IdentifySystemResult, sv *Survey, rec *Record, f *Fault) (*Slot, *Mirrored, error) {
 	m, mode := *f.missed, s.recovery
 	if m.initial {
 		mode = RecoverAll
@@ -63,67 +63,71 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 			s.cost = s.count(ctx, sv, m)
 		}
 		if f := s.judgeCost(f, mode, sv); f != nil {
-			return nil, f
+			return nil, nil, f
 		}
 		if s.streamed { // what is in memory must come to rest first
 			s.setStatus(Lost, &Fault{State: Lost, Reason: f.Reason})
-			return nil, Halt(fmt.Errorf("%w: %s", ErrLost, f.Reason))
+			return nil, nil, Halt(fmt.Errorf("%w: %s", ErrLost, f.Reason))
 		}
 	}
 	sql, err := s.cfg.connectLong(ctx)
 	if err != nil {
-		return nil, connectFault(err)
+		return nil, nil, connectFault(err)
 	}
 	defer closeSQL(sql)
 	// One of several instances does it.
 	var alone bool
 	if err := sql.QueryRow(ctx, "select pg_try_advisory_lock(hashtextextended('walhook ' || $1, 0))", s.cfg.Slot).Scan(&alone); err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
+		return nil, nil, fmt.Errorf("lock: %w", err)
 	}
 	if !alone {
 		s.endFrozenFill(ctx, sql)
-		return nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
+		return nil, nil, &Fault{State: Standby, Reason: "another instance is making the slot"}
 	}
 	if sv.Slot != nil && sv.Slot.ActivePID != 0 {
-		return nil, &Fault{State: Lost, Reason: fmt.Sprintf("%s; pid %d is using slot %s, so it cannot be made anew", f.Reason, sv.Slot.ActivePID, s.cfg.Slot), Remedy: "end what uses it, if it is no walhook: select * from pg_stat_replication"}
+		return nil, nil, &Fault{State: Lost, Reason: fmt.Sprintf("%s; pid %d is using slot %s, so it cannot be made anew", f.Reason, sv.Slot.ActivePID, s.cfg.Slot), Remedy: "end what uses it, if it is no walhook: select * from pg_stat_replication"}
 	}
 	now, err := s.book.Read(ctx, id.SystemID)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	slot, err := readSlot(ctx, sql, s.cfg.Slot)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if now == nil || now.LSN != rec.LSN || now.Gap != rec.Gap || (slot == nil) != (sv.Slot == nil) || slot != nil && slot.Confirmed != sv.Slot.Confirmed {
-		return nil, &Fault{State: Connecting, Reason: "another instance has made the slot"}
+		return nil, nil, &Fault{State: Connecting, Reason: "another instance has made the slot"}
 	}
 
 	s.setStatus(Recovering, &Fault{State: Recovering, Reason: f.Reason})
 	// Before the slot is made: whatever has ended by now, the new slot's snapshot sees.
 	xmin, err := readXmin(ctx, sql)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if slot != nil {
 		if _, err := sql.Exec(ctx, "select pg_drop_replication_slot($1)", s.cfg.Slot); err != nil {
-			return nil, fmt.Errorf("drop slot: %w", err)
+			return nil, nil, fmt.Errorf("drop slot: %w", err)
 		}
 	}
 	slot, snapshot, err := s.createSlot(ctx, conn, sv, true)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s.setStatus(Recovering, &Fault{State: Recovering, Reason: f.Reason}) // it may have been waiting meanwhile
-	n, err := s.fill(ctx, sql, Session{
-		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(),
-	}, sv, snapshot, xmin, m, mode)
+	var n int64
+	mirror, err := s.mirrorOf(ctx, sv, snapshot)
+	if err == nil {
+		n, err = s.fill(ctx, sql, Session{
+			SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(), Mirror: mirror,
+		}, sv, snapshot, xmin, m, mode)
+	}
 	if err != nil {
 		// It would keep WAL until the next try, and nothing was read from it.
 		if dropErr := s.dropUnread(ctx, sql, slot); dropErr != nil {
 			s.log.Warn("the slot of a recovery that failed could not be dropped; the next try does it", zap.Error(dropErr))
 		}
-		return nil, err
+		return nil, nil, err
 	}
 	s.cost = nil
 	s.recovery = s.cfg.Recover // an order is carried out once
@@ -132,7 +136,7 @@ func (s *Stream) recover(ctx context.Context, conn *pgconn.PgConn, id pglogrepl.
 		what = "the first snapshot is taken: the rows that were there are parked"
 	}
 	s.log.Info(what, zap.Int64("rows", n), zap.Stringer("lsn", slot.Confirmed), zap.String("cause", f.Reason))
-	return slot, nil
+	return slot, mirror, nil
 }
 
 // dropUnread drops the slot that we made, also where the end of ctx has closed sql: not one that

@@ -26,6 +26,7 @@ type Config struct {
 	Publication string
 	Tables      []Table
 	Messages    bool // ask for logical messages too
+	Mirror      Mirror
 	Create      bool // create publication and slot where they are missing
 	Failover    bool // make the slot a failover slot where the server knows them (17 and later)
 	Snapshot    bool // the rows that are there before the slot are handed on too
@@ -34,6 +35,14 @@ type Config struct {
 	MaxRecovery int      // rows that RecoverMissed sends without a question
 	MaxStall    time.Duration
 	Logger      *zap.Logger
+}
+
+// Mirror names a table of which every change is handed on, not inserts alone, in commit order with
+// the rows of all others. It has a publication of its own: one that published the updates of the
+// others would have Postgres refuse those of a table without a key. The zero Mirror is none.
+type Mirror struct {
+	Table       Table
+	Publication string
 }
 
 // Session is what a Sink learns when the slot is ours.
@@ -45,6 +54,13 @@ type Session struct {
 	Slot     Slot              // as it was just before
 	Tables   map[string]uint32 // OIDs by the tables' names as SQL takes them
 	Xmin     uint64            // every transaction id below it had ended when the slot was made; zero is not known
+	Mirror   *Mirrored         // nil: the sink has the rows of Config.Mirror from before
+}
+
+// Mirrored is Config.Mirror as it was when the slot was made, or else as it is now.
+type Mirrored struct {
+	Rows []*Row // inserts, without a position
+	Live bool   // every change from here on will come
 }
 
 // Resume is where a session takes up the stream: rows of transactions whose commit record
@@ -139,6 +155,10 @@ type Stream struct {
 	gap       string // why rows may be missing, as the book says or will say
 	garbled   bool   // the last session met a row that could not be read
 	holder    holder
+
+	mirrorFrom  LSN  // from here on the publication of Config.Mirror can be read; zero: it is read, or is not there
+	mirrorGone  bool // the last session could not be read with it
+	unpublished bool // it is not there, and the log says so
 }
 
 // limits are the constants of the same purpose, but in tests.
@@ -456,14 +476,16 @@ func (s *Stream) session(ctx context.Context) (err error) {
 		s.recovery = s.cfg.Recover
 	}
 	var xmin uint64
+	var mirror *Mirrored
+	made := f != nil || slot == nil
 	switch {
 	case f != nil && f.missed != nil:
-		slot, err = s.recover(ctx, conn, id, sv, rec, f)
+		slot, mirror, err = s.recover(ctx, conn, id, sv, rec, f)
 	case f != nil:
 		err = f
 	case slot == nil:
 		if xmin, err = s.oldestRunning(open); err == nil {
-			slot, _, err = s.createSlot(ctx, conn, sv, false)
+			slot, mirror, err = s.newSlot(ctx, conn, sv)
 		}
 	}
 	if err != nil {
@@ -478,13 +500,19 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	if start == 0 {
 		return &Fault{State: Connecting, Reason: "slot " + s.cfg.Slot + " is being made by somebody else"}
 	}
-	if err := s.start(ctx, conn, start); err != nil {
+	follow := mirror != nil && mirror.Live
+	if !made {
+		if mirror, follow, err = s.mirrored(open, sv, rec, start, LSN(now.XLogPos)); err != nil {
+			return err
+		}
+	}
+	if err := s.start(ctx, conn, start, follow); err != nil {
 		return fmt.Errorf("start replication: %w", err)
 	}
 	s.pid = int32(conn.PID())
 	claimCtx, cancelClaim := context.WithTimeout(ctx, claimTimeout)
 	resume, err := s.sink.Claim(claimCtx, Session{
-		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(), Xmin: xmin,
+		SystemID: id.SystemID, Timeline: id.Timeline, Database: sv.Database, Version: sv.Version, Slot: *slot, Tables: sv.tables(), Xmin: xmin, Mirror: mirror,
 	})
 	cancelClaim()
 	if err != nil {
@@ -517,12 +545,16 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	})
 	defer watching.Wait()
 	defer stopWatch()
-	r := &reader{s: s, conn: conn, interval: statusInterval(sv.SenderTimeout), resume: resume, notices: notices, watched: watched}
+	r := &reader{s: s, conn: conn, interval: statusInterval(sv.SenderTimeout), resume: resume, notices: notices, watched: watched, follow: follow}
+	r.dec.mirror = s.cfg.Mirror.Table
 	err = r.run(ctx)
 	var pg *pgconn.PgError
 	var fault *Fault
 	gap := ""
 	switch {
+	case errors.As(err, &pg) && pg.Code == codeNoPublication && s.ofMirror(pg.Message):
+		s.mirrorGone = true
+		err = &Fault{State: Connecting, Reason: "the slot's WAL is from before publication " + s.cfg.Mirror.Publication + " existed", Err: err}
 	case errors.As(err, &pg) && pg.Code == codeNoPublication:
 		gap = "the slot's WAL is from before publication " + s.cfg.Publication + " existed, and cannot be read with it"
 	case errors.As(err, &fault):
@@ -591,6 +623,9 @@ func (s *Stream) prepare(ctx context.Context) (*Survey, error) {
 	}
 	published, err := s.publish(ctx, conn, sv)
 	if err != nil {
+		return nil, err
+	}
+	if err := s.publishMirror(ctx, conn, sv); err != nil {
 		return nil, err
 	}
 	if published {
@@ -720,6 +755,28 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 	return &Slot{Name: s.cfg.Slot, Plugin: "pgoutput", Database: sv.Database, WALStatus: "reserved", Failover: sv.Version >= failoverVersion && s.cfg.Failover, Confirmed: at, Restart: at}, res.SnapshotName, nil
 }
 
+// newSlot makes the slot, and reads the mirrored table as of there.
+func (s *Stream) newSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey) (*Slot, *Mirrored, error) {
+	slot, snapshot, err := s.createSlot(ctx, conn, sv, s.cfg.Mirror != (Mirror{}))
+	if err != nil {
+		return nil, nil, err
+	}
+	mirror, err := s.mirrorOf(ctx, sv, snapshot)
+	if err == nil {
+		return slot, mirror, nil
+	}
+	// A slot that is there without a record would begin with the table as it is by then.
+	sql, sqlErr := s.cfg.connectSQL(ctx)
+	if sqlErr == nil {
+		defer closeSQL(sql)
+		sqlErr = s.dropUnread(ctx, sql, slot)
+	}
+	if sqlErr != nil {
+		s.log.Warn("the new slot could not be dropped", zap.Error(sqlErr))
+	}
+	return nil, nil, err
+}
+
 // tellWait says for whom the walsender pid waits.
 func (s *Stream) tellWait(ctx context.Context, pid uint32) {
 	for sleep(ctx, time.Second) {
@@ -784,11 +841,15 @@ func (s *Stream) watchHolder(ctx context.Context) {
 	}
 }
 
-func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN) error {
+func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN, follow bool) error {
 	ctx, cancel := context.WithTimeout(ctx, s.limits.open)
 	defer cancel()
 	// Identifier first, then literal: the option is a list of identifiers inside a string.
-	name := strings.ReplaceAll(quoteName(s.cfg.Publication), "'", "''")
+	name := quoteName(s.cfg.Publication)
+	if follow {
+		name += "," + quoteName(s.cfg.Mirror.Publication)
+	}
+	name = strings.ReplaceAll(name, "'", "''")
 	args := []string{"proto_version '1'", "publication_names '" + name + "'"}
 	if s.cfg.Messages {
 		args = append(args, "messages 'true'")
@@ -824,7 +885,7 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 			wait = s.limits.survey
 			continue
 		}
-		err = s.watchOn(ctx, conn, rec)
+		err = s.watchOn(ctx, conn, began, rec)
 		closeSQL(conn)
 		var f *Fault
 		if errors.As(err, &f) {
@@ -836,7 +897,7 @@ func (s *Stream) watch(ctx context.Context, began *Survey) error {
 }
 
 // watchOn returns when conn's session ends, or with a Fault.
-func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error {
+func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, began *Survey, rec *Record) error {
 	if err := patient(ctx, conn.PgConn()); err != nil {
 		return err
 	}
@@ -860,6 +921,9 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, rec *Record) error
 		if f := firstFault(sv.Findings(&s.cfg)); f != nil {
 			return f
 		}
+		if sv.Mirror.Published && !began.Mirror.Published {
+			return &Fault{State: Connecting, Reason: "publication " + s.cfg.Mirror.Publication + " is there now"}
+		}
 		s.book.Proven(sv.at)
 		if err := s.awaitStandby(ctx, conn, sv); err != nil {
 			return err
@@ -882,6 +946,8 @@ type reader struct {
 	resume   Resume
 	notices  <-chan *pgconn.Notice
 	watched  <-chan error
+	follow   bool // the changes of Config.Mirror come
+	saved    bool // the checkpoint was written for want of them
 
 	inTx     bool // between Begin and Commit
 	commit   LSN  // of the open transaction
@@ -944,6 +1010,10 @@ func (r *reader) fatal() error {
 	case err := <-r.watched:
 		return err
 	case n := <-r.notices:
+		if r.s.ofMirror(n.Message) {
+			r.s.mirrorGone = true
+			return &Fault{State: Connecting, Reason: "publication " + r.s.cfg.Mirror.Publication + " cannot be read (" + n.Message + ")"}
+		}
 		gone := "publication " + r.s.cfg.Publication + " is gone, and Postgres skips its events"
 		return &Fault{State: Lost, Reason: gone + " (" + n.Message + ")", gap: gone}
 	default:
@@ -964,6 +1034,9 @@ func (r *reader) timer(ctx context.Context) error {
 	if quiet > r.s.patience {
 		r.s.patience = min(2*r.s.patience, 10*time.Minute) // a server busy with a huge transaction is silent too
 		return errSilent
+	}
+	if err := r.overtaken(ctx); err != nil {
+		return err
 	}
 	moved := r.s.advance()
 	if due := now.Sub(r.sent) >= r.interval; moved || due || (woken && now.Sub(r.sent) >= 100*time.Millisecond) {
@@ -1102,6 +1175,9 @@ func (r *reader) data(ctx context.Context, b []byte) error {
 		r.inTx, r.commit, r.time, r.ordinal = true, m.lsn, m.time, 0
 	case kindInsert:
 		r.row = Row{Relation: m.relation, Values: m.values}
+		return r.hand(ctx)
+	case kindChange:
+		r.row = Row{Op: m.op, Relation: m.relation, Values: m.values, Old: m.old, Partial: m.partial}
 		return r.hand(ctx)
 	case kindMessage:
 		if m.transactional {

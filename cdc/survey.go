@@ -48,6 +48,7 @@ type Survey struct {
 	Slot        *Slot   // nil where there is none of the name
 	Tables      []Found // one for each of Config.Tables, in their order
 	Publication *Publication
+	Mirror      MirrorFound
 
 	Around *Around // nil but where Examine looked
 
@@ -351,6 +352,9 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		}
 		s.Tables = append(s.Tables, f)
 	}
+	if s.Mirror, err = cfg.surveyMirror(ctx, conn); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -441,6 +445,7 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 		}
 	}
 	s.judgePublication(cfg, ok, bad)
+	s.judgeMirror(cfg, ok, warn)
 	s.judgeSlot(cfg, ok, bad, warn)
 	if s.KeepSize < 0 {
 		warn("limits", "max_slot_wal_keep_size is not limited", "while walhook is down, WAL is kept until the disk is full; alter system set max_slot_wal_keep_size = '10GB' (less than the free space) puts the database first")

@@ -131,17 +131,19 @@ type Lane struct {
 	untold   positions    // of them, those that wait for nothing but their turn
 	catching bool         // draining: the end is near, new deliveries wait in tail
 	tail     []*item
-	probing  bool      // draining: the first delivery is to be the oldest, due or not
-	keys     []*queue  // to be loaded
-	nextDue  time.Time // the soonest retry in the store; zero is none
-	doubts   []string  // keys that wait for a retry that may not be in the store
-	round    uint64    // counts clear, so that a load can tell that it is stale
-	ahead    bool      // a load met a row that the stream has not come to
-	unseen   int       // recounts in a row that found rows while we waited for none
-	removed  int64     // counts rows that are to go, or to be dead
-	cleared  int64     // counts those of them that are committed
-	counted  tally     // of what recount is told next
-	gone     bool      // the endpoint was removed: nothing is parked for it any more
+	probing  bool         // draining: the first delivery is to be the oldest, due or not
+	keys     []*queue     // to be loaded
+	nextDue  time.Time    // the soonest retry in the store; zero is none
+	doubts   []string     // keys that wait for a retry that may not be in the store
+	round    uint64       // counts clear, so that a load can tell that it is stale
+	ahead    bool         // a load met a row that the stream has not come to
+	unseen   int          // recounts in a row that found rows while we waited for none
+	removed  int64        // counts rows that are to go, or to be dead
+	cleared  int64        // counts those of them that are committed
+	counted  tally        // of what recount is told next
+	gone     bool         // the endpoint was removed: nothing more is taken for it
+	last     cdc.Position // gone: what comes behind it is another endpoint's of the same id; zero is nothing
+	waits    bool         // an earlier endpoint of its id is leaving
 
 	timer   *time.Timer
 	timerAt time.Time
@@ -735,6 +737,73 @@ func (l *Lane) remove() {
 	l.gone = true
 }
 
+const (
+	restLook = 20 * time.Millisecond
+	restTime = 30 * time.Second
+)
+
+// strike tells that the endpoint was struck out of the registry at a position: nothing behind it is
+// this lane's.
+func (l *Lane) strike(at cdc.Position) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.gone, l.last = true, at
+}
+
+// retire ends the lane after strike. What it has may still be sent while all goes well.
+func (l *Lane) retire(ctx context.Context) {
+	look := time.NewTicker(restLook)
+	defer look.Stop()
+	for end := time.Now().Add(restTime); !l.rests() && time.Now().Before(end); {
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			end = time.Now()
+		}
+	}
+	l.close()
+}
+
+// rests tells whether a lane that takes nothing more has nothing to send, or is not allowed to.
+func (l *Lane) rests() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state == parking || l.state == closed || !l.failing.IsZero() {
+		return true
+	}
+	if l.inflight > 0 || l.owed.first != nil || l.reads > 0 || l.loading || l.told < l.parks {
+		return false
+	}
+	return l.state == flowing && l.blocked == 0 || l.state == draining && !l.more && !l.ahead
+}
+
+// wait has a new lane take nothing but to the store, until goOn: another one of its id is leaving.
+func (l *Lane) wait() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.waits = true
+	l.state, l.why, l.until = parking, ReasonBehindEndpoint, time.Time{}
+}
+
+// goOn ends wait.
+func (l *Lane) goOn() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.waits {
+		return
+	}
+	l.waits = false
+	l.m.parked.Add(0) // whoever left took the series along
+	if l.state == closed {
+		return
+	}
+	if l.ep.Status == Enabled {
+		l.drain(l.limit)
+	} else {
+		l.why = ReasonPaused
+	}
+}
+
 // setEndpoint takes up new settings. Nothing of what the lane has learned is lost.
 func (l *Lane) setEndpoint(ep *Endpoint) {
 	l.mu.Lock()
@@ -745,6 +814,7 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 		l.limit = ep.Concurrency
 	}
 	switch {
+	case l.waits:
 	case ep.Status != Enabled:
 		l.pause(ReasonPaused, time.Time{})
 	case old.Status != Enabled:
@@ -995,6 +1065,19 @@ func (l *Lane) sees(v sight, untold positions, row Stored) (ok, again bool) {
 	return true, false
 }
 
+// beyond tells whether a row is of another endpoint, which came later.
+func (l *Lane) beyond(row Stored) bool {
+	return l.last != (cdc.Position{}) && row.Event.Position.Compare(l.last) > 0
+}
+
+// own cuts off the rows, in commit order, that are beyond.
+func (l *Lane) own(rows []Stored, more bool) ([]Stored, bool) {
+	if i := slices.IndexFunc(rows, l.beyond); i >= 0 {
+		return rows[:i], false
+	}
+	return rows, more
+}
+
 // scan is the job that reads the next page of what is parked, in commit order.
 func (l *Lane) scan(limit int, maxBytes int64) job {
 	var skip []string
@@ -1020,6 +1103,7 @@ func (l *Lane) scan(limit int, maxBytes int64) job {
 // the page may lack.
 func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 	now := time.Now()
+	rows, more = l.own(rows, more)
 	for _, row := range rows {
 		if ok, again := l.sees(v, l.untold, row); !ok {
 			l.more = again
@@ -1077,6 +1161,7 @@ func (l *Lane) loadKey(limit int, maxBytes int64) job {
 
 func (l *Lane) keyLoaded(q *queue, v sight, rows []Stored, more, whole bool) {
 	now := time.Now()
+	rows, more = l.own(rows, more)
 	for _, row := range rows {
 		if ok, again := l.sees(v, q.untold, row); !ok {
 			if again {
@@ -1157,7 +1242,7 @@ func (l *Lane) settleDoubts(now time.Time) {
 
 // take puts a row that was read back into memory. It tells false where memory knows better.
 func (l *Lane) take(row Stored) bool {
-	if l.held[row.Event.Position] != nil {
+	if l.held[row.Event.Position] != nil || l.beyond(row) {
 		return false
 	}
 	it := &item{event: row.Event, key: row.OrderKey, attempts: row.Attempts, stored: true, read: true, arrived: time.Now()}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,12 +50,17 @@ type Config struct {
 	Store      Store
 	Claims     Claims
 	Sender     Sender
-	Endpoints  []*Endpoint
+	Endpoints  []*Endpoint   // of the file
 	MaxEvents  int           // in memory
 	MaxBytes   int64         // in memory
 	SpillAfter time.Duration // how long a delivery may hold the watermark
 	Logger     *zap.Logger
 	Registerer prometheus.Registerer
+
+	// Roll keeps the endpoints that an app registers; nil: there are none. Register makes an
+	// endpoint of a row; its error tells whoever wrote the row what is wrong with it.
+	Roll     Roll
+	Register func(Registration) (*Endpoint, error)
 }
 
 const (
@@ -84,6 +91,7 @@ type Relay struct {
 	metrics *metrics
 	ledger  *Ledger
 	journal *journal
+	clerk   *clerk // nil without a Roll
 	store   Store
 	sender  Sender
 
@@ -95,13 +103,16 @@ type Relay struct {
 	caught atomic.Bool               // the stream has come to where the WAL ended when we took the slot
 	aside  sync.WaitGroup            // endpoints being disabled or removed
 
-	changing sync.Mutex // one change of the endpoints at a time
+	changing sync.Mutex             // one change of the endpoints at a time; guards the next two
+	file     []*Endpoint            // of the file
+	table    map[string]*registered // of the registry, by id
 
 	mu       sync.Mutex    // guards what follows
 	stopping bool          // nothing is sent for the first time any more
 	saver    *checkpointer // of Run
 	registry *Registry
 	lanes    map[string]*Lane
+	retired  map[*Lane]bool           // of endpoints that were struck out; they may send what they have
 	leaving  map[string]chan struct{} // endpoints that are gone, until what was parked for them is dead
 	routes   map[route][]*Lane
 	claimed  bool
@@ -125,12 +136,17 @@ func New(cfg Config) (*Relay, error) {
 		store:    cfg.Store,
 		sender:   cfg.Sender,
 		registry: reg,
+		file:     cfg.Endpoints,
 		lanes:    map[string]*Lane{},
+		retired:  map[*Lane]bool{},
 		leaving:  map[string]chan struct{}{},
 		routes:   map[route][]*Lane{},
 		told:     map[string]bool{},
 	}
 	r.journal = newJournal(cfg.Store, r.log)
+	if cfg.Roll != nil {
+		r.clerk = newClerk(cfg.Roll, r.log)
+	}
 	r.sendCtx, r.stopSend = context.WithCancel(context.Background())
 	return r, nil
 }
@@ -158,6 +174,9 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 		return err
 	})
 	g.Go(func() error { return r.journal.run(work) })
+	if r.clerk != nil {
+		g.Go(func() error { return r.clerk.run(work) })
+	}
 	g.Go(func() error { return r.tick(work, c) })
 	g.Go(func() error { return r.look(work, src) })
 	var missed error
@@ -209,6 +228,11 @@ func (r *Relay) stop(work context.Context, src Stream, c *checkpointer, grace ti
 	if err := r.journal.flush(last); err != nil {
 		r.log.Error("not everything could be parked: some events will come again", zap.Error(r.journal.err()))
 	}
+	if r.clerk != nil {
+		if err := r.clerk.flush(last); err != nil {
+			r.log.Error("not every change of the registry could be written down: it will come again", zap.Error(err))
+		}
+	}
 	if err := c.end(last); err != nil {
 		r.log.Error("the last checkpoint could not be written: some events will come again", zap.Error(err))
 		return
@@ -252,6 +276,9 @@ func (r *Relay) allLanes() []*Lane {
 	defer r.mu.Unlock()
 	out := make([]*Lane, 0, len(r.lanes))
 	for _, l := range r.lanes {
+		out = append(out, l)
+	}
+	for l := range r.retired {
 		out = append(out, l)
 	}
 	return out
@@ -524,6 +551,9 @@ func (r *Relay) recount(ctx context.Context) {
 		l.recount(byID[l.id])
 	}
 	r.metrics.lane("").dead.Store(byID[""].Dead)
+	if r.clerk != nil {
+		r.clerk.prune(read)
+	}
 }
 
 // leased tells whether Postgres was heard of lately enough to send anything.
@@ -574,6 +604,10 @@ func (r *Relay) wakeLapsed() {
 func (r *Relay) disable(ep *Endpoint, why string) {
 	r.aside.Go(func() {
 		r.log.Warn("endpoint disabled", zap.String("endpoint", ep.ID), zap.String("reason", why))
+		if ep.Origin == FromTable {
+			r.disableRegistered(ep.ID, why)
+			return
+		}
 		ctx, cancel := context.WithTimeout(r.sendCtx, 10*time.Second)
 		defer cancel()
 		if err := r.cfg.Claims.SetStatus(ctx, ep.ID, Disabled, why); err != nil {
@@ -581,27 +615,22 @@ func (r *Relay) disable(ep *Endpoint, why string) {
 		}
 		r.changing.Lock()
 		defer r.changing.Unlock()
-		r.mu.Lock()
-		eps := make([]*Endpoint, 0, len(r.registry.endpoints))
-		for _, e := range r.registry.endpoints {
+		eps := slices.Clone(r.file)
+		for i, e := range eps {
 			if e.ID == ep.ID {
 				off := *e
 				off.Status = Disabled
-				e = &off
+				eps[i] = &off
 			}
-			eps = append(eps, e)
 		}
-		r.mu.Unlock()
-		if err := r.setEndpoints(eps); err != nil {
-			r.log.Error("disable endpoint", zap.Error(err))
-		}
+		r.takeUp(eps)
 	})
 }
 
-// SetEndpoints replaces all endpoints. Those with a known id keep what was learned of them: their
-// lane, their circuit, what is parked. What was parked for an endpoint that is gone dies, where
-// it can be seen and sent again. An id that comes back is another endpoint: SetEndpoints waits
-// until the one before it has left.
+// SetEndpoints replaces the endpoints of the file, and has those of the registry made anew. Those
+// with a known id keep what was learned of them: their lane, their circuit, what is parked. What
+// was parked for an endpoint that is gone from the file dies, where it can be seen and sent again. An id that
+// comes back is another endpoint: SetEndpoints waits until the one before it has left.
 func (r *Relay) SetEndpoints(endpoints []*Endpoint) error {
 	r.changing.Lock()
 	for left := r.leftBy(endpoints); left != nil; left = r.leftBy(endpoints) {
@@ -618,7 +647,7 @@ func (r *Relay) leftBy(endpoints []*Endpoint) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, ep := range endpoints {
-		if left := r.leaving[ep.ID]; left != nil {
+		if left := r.leaving[ep.ID]; left != nil && !r.stopping {
 			return left
 		}
 	}
@@ -626,9 +655,19 @@ func (r *Relay) leftBy(endpoints []*Endpoint) <-chan struct{} {
 }
 
 // setEndpoints is called with changing locked.
-func (r *Relay) setEndpoints(endpoints []*Endpoint) error {
-	reg, err := NewRegistry(endpoints)
+func (r *Relay) setEndpoints(file []*Endpoint) error {
+	before := r.file
+	r.file = file
+	all := slices.Clone(file)
+	for _, id := range slices.Sorted(maps.Keys(r.table)) {
+		g := r.table[id]
+		if r.judge(g); !r.inFile(id) {
+			all = append(all, g.endpoint)
+		}
+	}
+	reg, err := NewRegistry(all)
 	if err != nil {
+		r.file = before
 		return err
 	}
 	r.mu.Lock()
@@ -643,7 +682,7 @@ func (r *Relay) setEndpoints(endpoints []*Endpoint) error {
 		if ep := reg.Endpoint(id); ep == nil {
 			delete(r.lanes, id)
 			l.remove()
-			r.leave(id, l)
+			r.leave(id, l, nil)
 		} else {
 			changed[l] = ep
 		}
@@ -655,16 +694,33 @@ func (r *Relay) setEndpoints(endpoints []*Endpoint) error {
 	return nil
 }
 
-// leave makes what is parked for an endpoint that is gone dead, when its lane, where it had one,
-// has come to rest. It is called with mu locked.
-func (r *Relay) leave(endpointID string, l *Lane) {
-	left := make(chan struct{})
+// leave ends what there is for an endpoint that is gone, when its lane, where it had one, has come
+// to rest. What is parked for it is dead, or, where the registry struck it out, discarded as far as it is of
+// before. It is called with mu locked.
+func (r *Relay) leave(endpointID string, l *Lane, before *cdc.Position) {
+	left, earlier := make(chan struct{}), r.leaving[endpointID]
 	r.leaving[endpointID] = left
+	if l != nil {
+		r.retired[l] = true
+		if before != nil {
+			l.strike(*before)
+		}
+	}
 	r.aside.Go(func() {
+		if earlier != nil {
+			select {
+			case <-earlier:
+			case <-r.sendCtx.Done():
+			}
+		}
 		if l != nil {
+			if before != nil {
+				l.goOn()
+				l.retire(r.sendCtx)
+			}
 			l.workers.Wait()
 		}
-		for r.journal.flush(r.sendCtx) != nil || r.bury(r.sendCtx, endpointID) != nil {
+		for r.journal.flush(r.sendCtx) != nil || r.clear(r.sendCtx, endpointID, before) != nil {
 			t := time.NewTimer(buryAgain)
 			select {
 			case <-t.C:
@@ -675,12 +731,32 @@ func (r *Relay) leave(endpointID string, l *Lane) {
 			break
 		}
 		r.sender.Forget(endpointID)
-		r.metrics.forget(endpointID)
 		r.mu.Lock()
-		delete(r.leaving, endpointID)
+		if r.lanes[endpointID] == nil {
+			r.metrics.forget(endpointID)
+		}
+		delete(r.retired, l)
+		if r.leaving[endpointID] == left {
+			delete(r.leaving, endpointID)
+		}
 		r.mu.Unlock()
 		close(left)
 	})
+}
+
+func (r *Relay) clear(ctx context.Context, endpointID string, before *cdc.Position) error {
+	if before == nil {
+		return r.bury(ctx, endpointID)
+	}
+	n, err := r.cfg.Roll.Discard(ctx, endpointID, *before)
+	switch {
+	case err != nil:
+		r.log.Error("parked deliveries of an endpoint that was removed could not be discarded", zap.String("endpoint", endpointID), zap.Error(err))
+	case n > 0:
+		r.metrics.deliveries.WithLabelValues(endpointID, "discarded").Add(float64(n))
+		r.log.Info("an endpoint was removed; what was parked for it is discarded", zap.String("endpoint", endpointID), zap.Int64("deliveries", n))
+	}
+	return err
 }
 
 func (r *Relay) bury(ctx context.Context, endpointID string) error {
@@ -726,6 +802,11 @@ func (r *Relay) Claim(ctx context.Context, s cdc.Session) (cdc.Resume, error) {
 	}
 	r.claimed = true
 	r.mu.Unlock()
+	if r.cfg.Roll != nil {
+		if err := r.readRegistry(ctx, s, c, opened); err != nil {
+			return cdc.Resume{}, err
+		}
+	}
 	if !opened {
 		if err := r.open(ctx); err != nil {
 			return cdc.Resume{}, err
@@ -751,6 +832,12 @@ func (r *Relay) open(ctx context.Context) error {
 	}
 	r.mu.Unlock()
 	for _, b := range backlogs {
+		if since := r.registeredSince(b.EndpointID); since != (cdc.Position{}) {
+			// An endpoint of its id was there before, and what was parked for that one may be there still.
+			if _, err := r.cfg.Roll.Discard(ctx, b.EndpointID, since); err != nil {
+				return err
+			}
+		}
 		switch {
 		case b.EndpointID == "":
 			r.metrics.lane("").dead.Store(b.Dead)
@@ -758,7 +845,7 @@ func (r *Relay) open(ctx context.Context) error {
 		case alone:
 			r.mu.Lock()
 			if !r.stopping && r.leaving[b.EndpointID] == nil {
-				r.leave(b.EndpointID, nil)
+				r.leave(b.EndpointID, nil, nil)
 			}
 			r.mu.Unlock()
 		default:
@@ -783,6 +870,16 @@ func (r *Relay) laneLocked(ep *Endpoint) *Lane {
 	if l == nil {
 		l = newLane(r, ep)
 		r.lanes[ep.ID] = l
+		if left := r.leaving[ep.ID]; left != nil && !r.stopping {
+			l.wait()
+			r.aside.Go(func() {
+				select {
+				case <-left:
+					l.goOn()
+				case <-r.sendCtx.Done():
+				}
+			})
+		}
 		if r.stopping {
 			l.close()
 		}
@@ -803,6 +900,10 @@ func (r *Relay) Room() <-chan struct{} { return r.ledger.Room() }
 
 // Row maps a row and gives it to the lanes. It never waits.
 func (r *Relay) Row(row *cdc.Row) error {
+	if row.Relation != nil && row.Relation.Mirror {
+		r.register(row)
+		return nil
+	}
 	ev, err := r.cfg.Mapper.Map(row)
 	now := time.Now()
 	var unmappable *UnmappableError

@@ -71,6 +71,7 @@ type loader struct {
 	problems []Problem
 	hidden   []string // values that no message may contain
 	merges   int      // merge keys (<<) followed so far
+	literal  bool     // nothing is put in for ${…}: what is read is not the operator's
 }
 
 // value is a place in the file. Its node is never an alias, an anchor or a tag, and is nil
@@ -594,6 +595,9 @@ func (l *loader) substitute(text string) (scalar, Problem) {
 	const forms = "${VAR}, ${VAR:-default}, ${file:/path}; $${ for a plain ${"
 	var s scalar
 	var out strings.Builder
+	if l.literal {
+		return scalar{text: text}, Problem{}
+	}
 	for {
 		i := strings.Index(text, "${")
 		if i < 0 {

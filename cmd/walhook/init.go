@@ -141,6 +141,7 @@ func (p *setup) steps() []setupStep {
 	return []setupStep{
 		role, replication, grants, schema, whose,
 		{title: "the publication " + p.cdc.Publication, sql: cdc.PublicationSQL(p.cdc.Publication, p.cdc.Tables)},
+		{title: "the publication " + p.cdc.Mirror.Publication + ", of the endpoints that an app registers", sql: p.cdc.Mirror.SetupSQL()},
 	}
 }
 

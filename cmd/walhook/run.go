@@ -238,7 +238,7 @@ func (s *sidecar) reload(ctx context.Context, path string) {
 	if p == nil {
 		return
 	}
-	if err := p.setEndpoints(ctx, cfg.Endpoints); err != nil {
+	if err := p.setEndpoints(ctx, cfg.Defaults, cfg.Endpoints); err != nil {
 		s.log.Error("the endpoints could not be taken up, the old ones stay in force", zap.Error(err))
 		return
 	}
@@ -260,13 +260,14 @@ type pipeline struct {
 	stream *cdc.Stream
 	claims *claims
 
-	mu        sync.Mutex // guards what follows
-	preparing error      // why the stream has not started yet
+	mu        sync.Mutex      // guards what follows
+	preparing error           // why the stream has not started yet
+	base      outbox.Endpoint // what every endpoint is before its own settings
 	endpoints []*outbox.Endpoint
 }
 
 func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
-	p := &pipeline{log: log, reg: prometheus.NewRegistry(), endpoints: cfg.Endpoints}
+	p := &pipeline{log: log, reg: prometheus.NewRegistry(), base: cfg.Defaults, endpoints: cfg.Endpoints}
 	mapper, err := outbox.NewMapper(cfg.Outbox)
 	if err != nil {
 		return nil, failed{err, exitUsage}
@@ -291,6 +292,7 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 		Mapper: mapper, Store: p.store, Claims: p.claims, Sender: p.client, Endpoints: cfg.Endpoints,
 		MaxEvents: cfg.Buffer.Events, MaxBytes: cfg.Buffer.Bytes, SpillAfter: cfg.Buffer.SpillAfter,
 		Logger: log, Registerer: p.reg,
+		Roll: p.store, Register: func(g outbox.Registration) (*outbox.Endpoint, error) { return parseRegistered(p.defaults(), g) },
 	})
 	if err != nil {
 		return nil, failed{err, exitUsage}
@@ -313,6 +315,7 @@ func streamConfig(cfg *Config, url func() (string, error), log *zap.Logger) cdc.
 		Snapshot:    cfg.CDC.Snapshot == "initial",
 		MaxRecovery: cfg.CDC.MaxRecovery,
 		MaxStall:    cfg.Buffer.SpillAfter,
+		Mirror:      cdc.Mirror{Table: store.RegistryTable, Publication: registryPublication(cfg.CDC.Publication)},
 		Logger:      log,
 	}
 	if cfg.CDC.Recover == "auto" {
@@ -334,7 +337,7 @@ func (p *pipeline) run(ctx context.Context) error {
 	if !p.prepare(ctx) {
 		return nil
 	}
-	if err := p.setEndpoints(ctx, p.fileEndpoints()); err != nil {
+	if err := p.setEndpoints(ctx, p.defaults(), p.fileEndpoints()); err != nil {
 		return err
 	}
 	err := p.relay.Run(ctx, p.stream, gracePeriod)
@@ -377,6 +380,12 @@ func (p *pipeline) prepare(ctx context.Context) bool {
 	}
 }
 
+func (p *pipeline) defaults() outbox.Endpoint {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.base
+}
+
 func (p *pipeline) fileEndpoints() []*outbox.Endpoint {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -384,9 +393,9 @@ func (p *pipeline) fileEndpoints() []*outbox.Endpoint {
 }
 
 // setEndpoints takes up the endpoints of the file, with the statuses that we gave them ourselves.
-func (p *pipeline) setEndpoints(ctx context.Context, eps []*outbox.Endpoint) error {
+func (p *pipeline) setEndpoints(ctx context.Context, defaults outbox.Endpoint, eps []*outbox.Endpoint) error {
 	p.mu.Lock()
-	p.endpoints = eps
+	p.base, p.endpoints = defaults, eps
 	waiting := p.preparing
 	p.mu.Unlock()
 	if waiting != nil {
@@ -507,7 +516,7 @@ func (c *claims) Read(ctx context.Context, systemID string) (*cdc.Record, error)
 	if err != nil || !ok {
 		return nil, copyFault(err)
 	}
-	return &cdc.Record{LSN: saved.LSN, Xmin: saved.SnapXmin, Proven: saved.ProvenXmin, Gap: saved.Gap, Tables: saved.Tables}, nil
+	return &cdc.Record{LSN: saved.LSN, Xmin: saved.SnapXmin, Proven: saved.ProvenXmin, Gap: saved.Gap, Tables: saved.Tables, Mirrored: saved.Registry}, nil
 }
 
 func (c *claims) Announce(ctx context.Context, s cdc.Session) error {

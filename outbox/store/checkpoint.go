@@ -27,6 +27,7 @@ type Saved struct {
 	ProvenXmin uint64            // SnapXmin as of the last look that found the catalogue as it should be; zero not known
 	Gap        string            // why committed rows may be missing from the stream; empty where none are
 	Tables     map[string]uint32 // of the holder; nil not known
+	Registry   bool              // the versions of the registry are complete as of this checkpoint
 	UpdatedAt  time.Time
 }
 
@@ -61,14 +62,14 @@ const selectCheckpoints = `
 select
 	slot, instance, system_identifier, database, coalesce(hosts, ''), coalesce(server, ''), epoch, lsn::text,
 	coalesce(commit_lsn, '0/0')::text, coalesce(ordinal, 0), coalesce(snap_xmin, 0)::text, coalesce(proven_xmin, 0)::text,
-	coalesce(gap, ''), coalesce(tables, 'null')::text, updated_at
+	coalesce(gap, ''), coalesce(tables, 'null')::text, registry, updated_at
 from walhook.checkpoints
 order by slot`
 
 func scanSaved(row pgx.Row) (slot string, c Saved, err error) {
 	var lsn, commit, snap, proven, tables string
 	err = row.Scan(&slot, &c.Instance, &c.SystemIdentifier, &c.Database, &c.Hosts, &c.Server, &c.Epoch, &lsn,
-		&commit, &c.Position.Ordinal, &snap, &proven, &c.Gap, &tables, &c.UpdatedAt)
+		&commit, &c.Position.Ordinal, &snap, &proven, &c.Gap, &tables, &c.Registry, &c.UpdatedAt)
 	if err != nil {
 		return "", Saved{}, err
 	}

@@ -143,6 +143,7 @@ set
 	snap_xmin = $3::text::numeric,
 	proven_xmin = $3::text::numeric,
 	gap = null,
+	registry = false,
 	tables = coalesce($4::text::jsonb, tables),
 	hosts = $5,
 	server = $6,

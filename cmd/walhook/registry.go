@@ -1,0 +1,139 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/token"
+
+	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/sender"
+)
+
+// registryPublication is what publishes walhook.endpoints, beside the publication of the outbox.
+func registryPublication(publication string) string {
+	const suffix = "_endpoints"
+	return publication[:min(len(publication), 63-len(suffix))] + suffix
+}
+
+// parseRegistered makes an endpoint of a row of walhook.endpoints, by the rules of the file and over its
+// defaults. Nothing in a row is more than it says: other people write them, so no variable is put in. The error
+// tells its writer what is wrong, a line a mistake.
+func parseRegistered(defaults outbox.Endpoint, row outbox.Registration) (*outbox.Endpoint, error) {
+	l := &loader{literal: true}
+	settings, err := readObject(row.Settings)
+	if err != nil {
+		return nil, errors.New("settings: is not a JSON object")
+	}
+	var problems []string
+	own := map[string]any{"id": row.ID, "url": row.URL}
+	if row.Tenant != "" {
+		own["tenant"] = row.Tenant
+	}
+	if row.Events != nil {
+		own["events"] = texts(row.Events)
+	}
+	if row.Filter != "" {
+		own["filter"] = row.Filter
+	}
+	if len(row.Secrets) > 0 {
+		secrets := make([]string, len(row.Secrets))
+		for i, s := range row.Secrets {
+			secrets[i] = s.Reveal()
+		}
+		own["secrets"] = texts(secrets)
+	}
+	for _, key := range slices.Sorted(maps.Keys(settings)) {
+		if slices.Contains([]string{"id", "url", "tenant", "events", "filter", "secrets"}, key) {
+			problems = append(problems, "settings."+key+": has a column of its own")
+			continue
+		}
+		own[key] = settings[key]
+	}
+	base := defaults
+	base.Origin, base.Tenant = outbox.FromTable, "" // whose events it gets is the row's to say, never a default's
+	e, sound := l.endpoint(value{node: jsonNode(own)}, base)
+	e.Origin = outbox.FromTable
+	if sound && len(problems) == 0 {
+		if err := sender.Validate(e); err != nil {
+			l.foreign(value{node: jsonNode(own)}, err)
+		}
+	}
+	for _, p := range l.problems {
+		text := strings.TrimPrefix(p.Key, ".")
+		if text != "" {
+			text += ": "
+		}
+		text += p.Text
+		if p.Allowed != "" {
+			text += " (allowed: " + p.Allowed + ")"
+		}
+		problems = append(problems, text)
+	}
+	if len(problems) > 0 {
+		return nil, errors.New(strings.Join(problems, "\n"))
+	}
+	return &e, nil
+}
+
+// readObject reads a JSON object; numbers stay as they are written.
+func readObject(text []byte) (map[string]any, error) {
+	if len(text) == 0 {
+		return nil, nil
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.UseNumber()
+	var object map[string]any
+	if err := dec.Decode(&object); err != nil {
+		return nil, err
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("something follows it")
+	}
+	return object, nil
+}
+
+func texts(all []string) []any {
+	out := make([]any, len(all))
+	for i, s := range all {
+		out[i] = s
+	}
+	return out
+}
+
+// jsonNode is a decoded JSON value as the tree that the loader walks.
+func jsonNode(v any) ast.Node {
+	at := func(text string) *token.Token { return token.String(text, text, nil) }
+	switch v := v.(type) {
+	case nil:
+		return ast.Null(token.New("null", "null", nil))
+	case map[string]any:
+		m := ast.Mapping(at(""), true)
+		for _, key := range slices.Sorted(maps.Keys(v)) {
+			m.Values = append(m.Values, ast.MappingValue(token.MappingValue(nil), ast.String(at(key)), jsonNode(v[key])))
+		}
+		return m
+	case []any:
+		s := ast.Sequence(at(""), true)
+		for _, item := range v {
+			s.Values = append(s.Values, jsonNode(item))
+		}
+		return s
+	case bool:
+		text := "false"
+		if v {
+			text = "true"
+		}
+		return ast.String(at(text))
+	case json.Number:
+		return ast.String(at(v.String()))
+	default:
+		return ast.String(at(v.(string)))
+	}
+}

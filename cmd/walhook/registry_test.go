@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/walhook/walhook/sender/sendertest"
+)
+
+// What is here holds endpoints that an app registers in walhook.endpoints.
+
+// loopback lets endpoints of the table reach receivers of the test.
+func (b *bench) loopback(config string) string {
+	b.t.Helper()
+	text, err := os.ReadFile(config)
+	require.NoError(b.t, err)
+	changed := strings.Replace(string(text), "defaults: {", "defaults: {network: {allow: [127.0.0.0/8]}, ", 1)
+	require.NotEqual(b.t, string(text), changed)
+	require.NoError(b.t, os.WriteFile(config, []byte(changed), 0o600))
+	return config
+}
+
+// got tells which numbers came to each path of the receiver, in the order in which they first came.
+func got(requests []sendertest.Request) map[string][]int {
+	all := map[string][]int{}
+	for _, r := range requests {
+		var body struct{ Data struct{ N int } }
+		if json.Unmarshal(r.Body, &body) != nil {
+			continue
+		}
+		if !slices.Contains(all[r.Path], body.Data.N) {
+			all[r.Path] = append(all[r.Path], body.Data.N)
+		}
+	}
+	return all
+}
+
+func (b *bench) status(id string) (status, reason string) {
+	b.t.Helper()
+	if b.sql == nil {
+		b.sql = b.conn()
+	}
+	require.NoError(b.t, b.sql.QueryRow(b.t.Context(), "select status, status_reason from walhook.endpoints where id = $1", id).Scan(&status, &reason))
+	return status, reason
+}
+
+func TestEndpointGetsTheEventOfItsOwnTransactionAndNoneFromBefore(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file, rx := newReceiver(t), newReceiver(t)
+	p := start(t, b.loopback(b.config(endpoint("file", file, "")))).streaming()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	event := func(n int) string {
+		return fmt.Sprintf("insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', 'k', 'order.changed', '{\"n\":%d}')", n)
+	}
+	b.exec(event(1))
+	b.exec(fmt.Sprintf("begin; insert into walhook.endpoints (id, url, secrets) values ('mine', '%s/mine', '{%s}'); %s; commit", rx.URL(), testSecret, event(2)))
+	b.exec(event(3))
+	require.NoError(t, rx.WaitFor(ctx, 2))
+	b.exec("update walhook.endpoints set events = '{invoice.*}' where id = 'mine'")
+	b.exec(event(4))
+	b.exec(fmt.Sprintf("begin; update walhook.endpoints set events = '{*}', url = '%s/moved'; %s; commit", rx.URL(), event(5)))
+	require.NoError(t, rx.WaitFor(ctx, 3))
+	b.exec("delete from walhook.endpoints")
+	b.exec(event(6))
+	require.NoError(t, file.WaitFor(ctx, 6))
+	require.Equal(t, map[string][]int{"/hooks/mine": {2, 3}, "/hooks/moved": {5}}, got(rx.Requests()))
+	p.stop()
+	require.Zero(t, b.ask("select count(*) from walhook.deliveries"))
+	for _, r := range rx.Requests() {
+		require.NoError(t, r.Invalid)
+	}
+}
+
+// Of each endpoint its events are known exactly, as one transaction says which endpoints there are and
+// inserts an event with their names: all of them, and no other, are to get it. The process is killed meanwhile.
+func TestEndpointsGetExactlyWhatWasCommittedWhileTheyWereThere(t *testing.T) {
+	t.Parallel()
+	for _, kill := range []bool{false, true} {
+		t.Run(fmt.Sprintf("killed=%t", kill), func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			file, rx := newReceiver(t), sendertest.New(t, sendertest.Config{}) // of secrets that only the table knows
+			config := b.loopback(b.config(endpoint("file", file, "")))
+			p := start(t, config).streaming()
+			ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+			defer cancel()
+			const clients, rounds = 4, 400
+			var mu sync.Mutex
+			want := map[string][]int{}
+			var events int
+			var wg sync.WaitGroup
+			for c := range clients {
+				conn := b.conn()
+				wg.Go(func() {
+					random := rand.New(rand.NewPCG(1, uint64(c)))
+					here := map[string]string{} // type that an endpoint of this client wants, by its id
+					for range rounds {
+						var sql []string
+						switch id := fmt.Sprintf("c%d-%d", c, random.IntN(6)); {
+						case here[id] == "" && random.IntN(4) == 0:
+							here[id] = fmt.Sprintf("order.t%d-%d", c, random.IntN(3))
+							sql = append(sql, fmt.Sprintf("insert into walhook.endpoints (id, url, events) values ('%s', '%s/%[1]s', '{%[3]s}')", id, rx.URL(), here[id]))
+						case here[id] != "" && random.IntN(4) == 0:
+							here[id] = fmt.Sprintf("order.t%d-%d", c, random.IntN(3))
+							sql = append(sql, fmt.Sprintf("update walhook.endpoints set events = '{%s}' where id = '%s'", here[id], id))
+						case here[id] != "" && !kill && random.IntN(8) == 0: // what a crash cut off of one that is removed is discarded
+							delete(here, id)
+							sql = append(sql, fmt.Sprintf("delete from walhook.endpoints where id = '%s'", id))
+						}
+						mu.Lock()
+						for range 1 + random.IntN(3) {
+							events++
+							eventType := fmt.Sprintf("t%d-%d", c, random.IntN(3))
+							sql = append(sql, fmt.Sprintf(`insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', '%d', 'order.%s', '{"n":%d}')`, c, eventType, events))
+							for id, wants := range here {
+								if wants == "order."+eventType {
+									want["/hooks/"+id] = append(want["/hooks/"+id], events)
+								}
+							}
+						}
+						mu.Unlock()
+						tx := "begin; " + strings.Join(sql, "; ") + "; commit"
+						if random.IntN(2) == 0 {
+							tx = strings.Join(sql[:1], "; ") + "; " + "begin; " + strings.Join(append(sql[1:], "select 1"), "; ") + "; commit"
+						}
+						if _, err := conn.Exec(context.Background(), tx, pgx.QueryExecModeSimpleProtocol); err != nil {
+							t.Errorf("%s: %v", tx, err)
+							return
+						}
+					}
+				})
+			}
+			if kill {
+				for n := range 3 {
+					require.NoError(t, file.WaitFor(ctx, 200*(n+1)))
+					p.kill()
+					p = start(t, config).streaming()
+				}
+			}
+			wg.Wait()
+			require.NoError(t, file.WaitUntil(ctx, func(all []sendertest.Request) bool { return len(got(all)["/hooks"]) == events }))
+			_ = rx.WaitUntil(ctx, func(requests []sendertest.Request) bool {
+				all := got(requests)
+				for path, numbers := range want {
+					if len(all[path]) < len(numbers) {
+						return false
+					}
+				}
+				return true
+			})
+			p.stop()
+			all := got(rx.Requests())
+			for path, numbers := range want {
+				require.ElementsMatch(t, numbers, all[path], path)
+			}
+			require.Len(t, all, len(want))
+			if !kill {
+				require.Zero(t, b.ask("select count(*) from walhook.deliveries"))
+			}
+			require.Less(t, b.ask("select count(*) from walhook.endpoint_versions"), int64(1000))
+		})
+	}
+}
+
+func TestRowThatIsNoEndpointIsMarkedAndMended(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file, rx := newReceiver(t), sendertest.New(t, sendertest.Config{})
+	config := b.loopback(b.config(endpoint("file", file, "")))
+	p := start(t, config).streaming()
+	for id, values := range map[string]string{
+		"scheme":   `'ftp://example.com', '{}'`,
+		"key":      `'https://example.com/', '{"timeuot": "5s"}'`,
+		"value":    `'https://example.com/', '{"timeout": "soon"}'`,
+		"variable": `'https://example.com/', '{"headers": {"X-Env": "${PATH}", "X-File": "${file:/etc/passwd}"}}'`,
+		"column":   `'https://example.com/', '{"secrets": ["whsec_YW55"]}'`,
+		"file":     `'https://example.com/', '{}'`,
+	} {
+		b.exec(fmt.Sprintf("insert into walhook.endpoints (id, url, settings) values ('%s', %s)", id, values))
+	}
+	eventually(t, "the invalid endpoints", func() bool { return b.ask("select count(*) from walhook.endpoints where status = 'invalid'") == 5 })
+	for id, want := range map[string]string{
+		"scheme": "https://", "key": "timeuot", "value": "timeout", "column": "settings.secrets", "file": "configuration file",
+	} {
+		status, reason := b.status(id)
+		require.Equal(t, "invalid", status, id)
+		require.Contains(t, reason, want, id)
+	}
+	status, _ := b.status("variable")
+	require.Equal(t, "enabled", status, "text of the table is taken as it stands")
+	b.exec(fmt.Sprintf("update walhook.endpoints set url = '%s/mended' where id = 'scheme'", rx.URL()))
+	b.insert("k")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	require.NoError(t, rx.WaitFor(ctx, 1))
+	eventually(t, "a mended endpoint", func() bool { s, reason := b.status("scheme"); return s == "enabled" && reason == "" })
+	p.stop()
+
+	// The same after a restart.
+	b.exec("update walhook.endpoints set url = 'nothing' where id = 'scheme'")
+	p = start(t, config).streaming()
+	eventually(t, "an invalid endpoint", func() bool { s, _ := b.status("scheme"); return s == "invalid" })
+	p.stop()
+}
