@@ -61,6 +61,7 @@ const (
 	ReasonDNS            Reason = "dns"
 	ReasonTLS            Reason = "tls"
 	ReasonProtocol       Reason = "protocol" // the answer was not HTTP
+	ReasonAuth           Reason = "auth"     // no access token was to be had
 	ReasonRefusedAddress Reason = "refused_address"
 )
 

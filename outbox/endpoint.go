@@ -2,6 +2,8 @@ package outbox
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
 	"net/netip"
 	"slices"
 	"time"
@@ -14,10 +16,15 @@ type Secret string
 // Reveal returns the characters of the secret.
 func (s Secret) Reveal() string { return string(s) }
 
-func (Secret) String() string               { return "[redacted]" }
-func (Secret) GoString() string             { return "[redacted]" }
-func (Secret) MarshalJSON() ([]byte, error) { return json.Marshal("[redacted]") }
-func (Secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
+const redacted = "[redacted]"
+
+// Format has every verb of fmt print the same, %x and %q too. What fmt, json or a log reaches by
+// reflection is safe as well, but for an unexported field, whose methods nobody can call: a struct
+// that keeps a Secret in one has a Format of its own.
+func (Secret) Format(f fmt.State, _ rune)   { _, _ = io.WriteString(f, redacted) }
+func (Secret) String() string               { return redacted }
+func (Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
+func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
 // Ordering is the promise an endpoint has about the order in which its events come.
 type Ordering string
@@ -107,6 +114,9 @@ type Endpoint struct {
 	Signing []Signing // one or more; every request carries the signatures of all
 	Format  Format
 	Headers map[string]string // sent as they are with every request
+	Auth    Auth
+
+	PreviousUntil time.Time // from then on the newest secret alone signs; zero: all of them do
 
 	Ordering    Ordering
 	Timeout     time.Duration // of one attempt, from dial to the answer's status line
@@ -118,6 +128,39 @@ type Endpoint struct {
 	MaxPayload   int64         // bytes of body
 	Network      Network
 	TLS          TLS
+	Proxy        Secret // URL of the proxy that connections go through, with its password; empty or NoProxy: none
+}
+
+// NoProxy in the place of a proxy's URL says that there is to be none, whatever the environment names.
+const NoProxy Secret = "none"
+
+// Auth is how requests prove to the receiver whose they are, beside their signature. At most one
+// of Basic, Bearer and OAuth2 is set: they share a header. MTLS may stand beside each.
+type Auth struct {
+	Basic  *Basic
+	Bearer Secret
+	OAuth2 *OAuth2
+	MTLS   *KeyPair
+}
+
+// Basic is a user name and password, sent with every request.
+type Basic struct {
+	Username string
+	Password Secret
+}
+
+// OAuth2 is where bearer tokens come from: the grant of client credentials (RFC 6749, 4.4).
+type OAuth2 struct {
+	TokenURL     Secret // its query may hold a credential
+	ClientID     string
+	ClientSecret Secret
+	Scopes       []string
+}
+
+// KeyPair is a certificate with its chain, and its private key, both in PEM.
+type KeyPair struct {
+	Cert string
+	Key  Secret
 }
 
 // RetryPolicy says when a failed delivery is tried again and when it is given up.
@@ -145,9 +188,15 @@ type Network struct {
 
 // TLS is how an endpoint proves who it is.
 type TLS struct {
-	CA         string // path or PEM of the only accepted authorities; empty for the system's
+	CA         string // PEM of the only accepted authorities; empty for the system's
 	MinVersion string // "1.2" or "1.3"
 }
+
+// String names an endpoint, and so do %+v, %#v and JSON: its URL and headers hold credentials as
+// often as not.
+func (ep Endpoint) String() string               { return "endpoint " + ep.ID }
+func (ep Endpoint) GoString() string             { return ep.String() }
+func (ep Endpoint) MarshalJSON() ([]byte, error) { return json.Marshal(ep.String()) }
 
 // SignsBy tells whether a scheme is among those that sign the endpoint's requests.
 func (ep *Endpoint) SignsBy(s Scheme) bool {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -83,6 +84,7 @@ type Client struct {
 	maxIdle       int
 	onStateChange func(endpointID string, from, to State)
 	roundTripper  http.RoundTripper
+	resolver      *net.Resolver // nil: the host's own
 
 	mu         sync.RWMutex          // guards what follows
 	targets    map[string]*target    // by endpoint id
@@ -194,10 +196,17 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outb
 	defer timer.Stop()
 
 	defer t.pool.used()
-	res, err := t.trip(ctx, req)
+	token, err := t.authorize(ctx, req)
+	var res *http.Response
+	if err == nil {
+		res, err = t.trip(ctx, req)
+	}
 	r := result{err: err}
 	if err == nil {
 		r.status, r.retryAfter = res.StatusCode, res.Header.Get("Retry-After")
+		if r.status == http.StatusUnauthorized && t.tokens != nil {
+			t.tokens.drop(token) // the next attempt fetches another
+		}
 	} else if parent.Err() != nil {
 		r.cut = true
 	} else if context.Cause(ctx) == errOutOfTime {
@@ -277,6 +286,7 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 	}
 
 	t.source = c.source
+	t.way.resolver = c.resolver
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -293,6 +303,7 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 		c.warnUnsigned(t)
 	} else {
 		t.codes, t.circuit, t.share = old.codes, old.circuit, old.share
+		t.takeOver(old)
 		if t.circuit.policy != policy {
 			was := old.circuit.retire()
 			t.circuit = newCircuit(policy, was != Closed, c.teller(e.ID))
@@ -359,7 +370,7 @@ func (c *Client) acquire(t *target) {
 	}
 	tr := c.transports[t.route]
 	if tr == nil {
-		tr = &transport{Transport: newTransport(t.guard, t.tls, c.maxIdle)}
+		tr = &transport{Transport: newTransport(t.way, t.tls, c.maxIdle)}
 		tr.DialContext = c.room.counting(tr.DialContext, c.Close)
 		c.transports[t.route] = tr
 	}
@@ -381,13 +392,16 @@ func (c *Client) release(t *target) {
 }
 
 // newTransport is net/http's transport made safe for other people's servers.
-func newTransport(g guard, cfg *tls.Config, maxIdle int) *http.Transport {
+func newTransport(w way, cfg *tls.Config, maxIdle int) *http.Transport {
 	cfg = cfg.Clone()
 	cfg.ClientSessionCache = tls.NewLRUClientSessionCache(tlsSessionsPerPool)
-	dialer := &net.Dialer{Timeout: dialTimeout, Control: g.control}
+	var forward func(*http.Request) (*url.URL, error) // never that of the environment: the guard would see only the proxy
+	if w.forwards() {
+		forward = w.forward
+	}
 	return &http.Transport{
-		Proxy:                  nil, // behind a proxy the guard would see only the proxy
-		DialContext:            dialer.DialContext,
+		Proxy:                  forward,
+		DialContext:            w.dial,
 		TLSClientConfig:        cfg,
 		TLSHandshakeTimeout:    tlsTimeout,
 		DisableCompression:     true, // or 100 kB on the wire become 100 MB here

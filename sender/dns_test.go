@@ -123,7 +123,7 @@ func TestEachDNSFaultIsRetriedAndSaysWhatIsWrong(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dialer := &net.Dialer{Timeout: dialTimeout, Resolver: nameServer(t, c.answer)}
-			tr := newTransport(guard{}, new(tls.Config), 1)
+			tr := newTransport(way{guard: guard{}}, new(tls.Config), 1)
 			tr.DialContext = dialer.DialContext
 			defer tr.CloseIdleConnections()
 			b := setup(t, tr)
@@ -142,7 +142,7 @@ func TestEachDNSFaultIsRetriedAndSaysWhatIsWrong(t *testing.T) {
 
 // docs/faults.md 99: a name that moved is noticed when its idle connection is closed, and that is soon.
 func TestAnIdleConnectionIsNotKeptForLong(t *testing.T) {
-	tr := newTransport(guard{origin: outbox.FromFile}, new(tls.Config), 1)
+	tr := newTransport(way{guard: guard{origin: outbox.FromFile}}, new(tls.Config), 1)
 	require.LessOrEqual(t, tr.IdleConnTimeout, 90*time.Second)
 	require.Positive(t, tr.IdleConnTimeout)
 	tr.IdleConnTimeout = time.Millisecond // what it does when that is over

@@ -1,8 +1,13 @@
 package sender
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"net"
+	"net/http/httptrace"
 	"net/netip"
+	"strings"
 	"syscall"
 
 	"code.dny.dev/ssrf"
@@ -69,6 +74,85 @@ func (g *guard) judge(addr netip.Addr) error {
 		return &refusedAddress{fmt.Sprintf("the address %s is not public", addr)}
 	}
 	return nil
+}
+
+// judges tells whether the guard has anything to refuse.
+func (g *guard) judges() bool { return g.origin != outbox.FromFile || len(g.deny) > 0 }
+
+// dial connects to the host of address. A name of other people's endpoints is refused as soon as one of its
+// addresses is: whether the good one answers first is not to decide over the bad one.
+func (g *guard) dial(ctx context.Context, dialer *net.Dialer, network, address, host string) (net.Conn, error) {
+	if g.origin == outbox.FromFile {
+		return dialer.DialContext(ctx, network, address)
+	}
+	if err := g.judgeHost(host); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// The dialer goes on to connect when this returns, unless its context has ended.
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{DNSDone: func(found httptrace.DNSDoneInfo) {
+		addrs := make([]netip.Addr, len(found.Addrs))
+		for i, a := range found.Addrs {
+			addrs[i], _ = netip.AddrFromSlice(a.IP)
+			addrs[i] = addrs[i].WithZone(a.Zone)
+		}
+		if err := g.judgeAll(addrs); err != nil {
+			cancel(err)
+		}
+	}})
+	conn, err := dialer.DialContext(ctx, network, address)
+	if refused, ok := errors.AsType[*refusedAddress](context.Cause(ctx)); ok {
+		if err == nil {
+			_ = conn.Close()
+		}
+		return nil, refused
+	}
+	return conn, err
+}
+
+// judgeHost refuses an address in a form that some resolvers take for one, and others for a
+// name: 2130706433, 0x7f.1, 0177.0.0.1. No name ends in a number.
+func (g *guard) judgeHost(host string) error {
+	if _, err := netip.ParseAddr(host); err == nil || g.origin == outbox.FromFile {
+		return nil
+	}
+	host = strings.TrimSuffix(host, ".")
+	last := strings.ToLower(host[strings.LastIndexByte(host, '.')+1:])
+	digits := "0123456789"
+	if hex, ok := strings.CutPrefix(last, "0x"); ok {
+		last, digits = "0"+hex, "0123456789abcdef"
+	}
+	if last != "" && strings.Trim(last, digits) == "" {
+		return &refusedAddress{"the host is a number; an address has the form 192.0.2.1"}
+	}
+	return nil
+}
+
+// judgeAll judges what a name resolves to. What an IPv6-only network makes of an IPv4 address
+// is judged as that one here: it comes by itself, beside the address that it stands for.
+func (g *guard) judgeAll(addrs []netip.Addr) error {
+	for _, addr := range addrs {
+		if nat64.Contains(addr) {
+			b := addr.As16()
+			addr = netip.AddrFrom4([4]byte(b[12:]))
+		}
+		if err := g.judge(addr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// plainPrefixes are prefixes in the form that addresses are judged in: ::ffff:10.0.0.0/104 is 10.0.0.0/8.
+func plainPrefixes(given []netip.Prefix) []netip.Prefix {
+	out := make([]netip.Prefix, len(given))
+	for i, p := range given {
+		if out[i] = p; p.Addr().Is4In6() && p.Bits() >= 96 {
+			out[i] = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+		}
+	}
+	return out
 }
 
 func within(addr netip.Addr, prefixes []netip.Prefix) bool {

@@ -98,6 +98,9 @@ func judgeError(r result, e *outbox.Endpoint, now time.Time) (outbox.Outcome, ef
 		o.Verdict, o.Reason, o.Detail = outbox.Dead, outbox.ReasonRefusedAddress, clip(refused.why)
 		return o, neither
 	}
+	if token, ok := errors.AsType[*tokenFault](r.err); ok {
+		return judgeToken(r, token, e, now)
+	}
 	if r.timedOut {
 		o.Reason, o.Detail = outbox.ReasonTimeout, "no answer within "+e.Timeout.String()
 		return o, failure
@@ -107,6 +110,22 @@ func judgeError(r result, e *outbox.Endpoint, now time.Time) (outbox.Outcome, ef
 	}
 	reason, detail := fault(r.err)
 	o.Reason, o.Detail = reason, clip(detail)
+	return o, failure
+}
+
+// judgeToken judges an attempt for which there was no access token.
+func judgeToken(r result, token *tokenFault, e *outbox.Endpoint, now time.Time) (outbox.Outcome, effect) {
+	o := outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonAuth, RetryAfter: parseRetryAfter(token.retryAfter, now)}
+	why := token.detail
+	if r.timedOut {
+		why = "none within " + e.Timeout.String()
+	} else if token.err != nil {
+		if what, ours := shortage(token.err); ours {
+			return outbox.Outcome{Verdict: outbox.Held, Reason: outbox.ReasonShortage, Detail: what, Until: now.Add(shortageHold)}, neither
+		}
+		_, why = fault(token.err)
+	}
+	o.Detail = clip("no access token: " + why)
 	return o, failure
 }
 
@@ -138,6 +157,13 @@ func shortage(err error) (what string, ours bool) {
 func fault(err error) (outbox.Reason, string) {
 	if wrapped, ok := errors.AsType[*url.Error](err); ok {
 		err = wrapped.Err
+	}
+	if by, ok := errors.AsType[*proxyFault](err); ok {
+		if by.err == nil {
+			return outbox.ReasonConnect, by.detail
+		}
+		reason, detail := fault(by.err)
+		return reason, "the proxy: " + detail
 	}
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		switch {

@@ -11,7 +11,8 @@ import (
 
 // Reached is what a connection to an endpoint shows.
 type Reached struct {
-	Address     string    // that was dialled
+	Address     string    // that was dialled: the receiver's, or the proxy's
+	Proxy       bool      // it is a proxy's
 	TLS         bool      // there was a handshake
 	CertExpires time.Time // the receiver's certificate; zero without TLS
 }
@@ -28,13 +29,12 @@ func Reach(ctx context.Context, e *outbox.Endpoint) (Reached, error) {
 	if port == "" {
 		port = map[string]string{"http": "80", "https": "443"}[t.base.URL.Scheme]
 	}
-	dialer := &net.Dialer{Timeout: dialTimeout, Control: t.guard.control}
-	conn, err := dialer.DialContext(ctx, "tcp", net.JoinHostPort(host, port))
+	conn, err := t.way.dial(ctx, "tcp", net.JoinHostPort(host, port))
 	if err != nil {
 		return Reached{}, unreached(ctx, err, e)
 	}
 	defer conn.Close()
-	r := Reached{Address: conn.RemoteAddr().String()}
+	r := Reached{Address: conn.RemoteAddr().String(), Proxy: t.way.proxy != nil}
 	if t.base.URL.Scheme != "https" {
 		return r, nil
 	}

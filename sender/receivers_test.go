@@ -474,7 +474,7 @@ func TestADeadHTTP2ConnectionIsNoticed(t *testing.T) {
 			ErrorLog:  nil,
 		}
 		go func() { _ = server.ServeTLS(l, "", "") }()
-		tr := newTransport(guard{}, &tls.Config{InsecureSkipVerify: true}, 10)
+		tr := newTransport(way{guard: guard{}}, &tls.Config{InsecureSkipVerify: true}, 10)
 		tr.DialContext = l.dial
 		b := setup(t, tr)
 		e := endpoint("https://x.example/", timeout(20*time.Second))

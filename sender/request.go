@@ -98,7 +98,11 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 
 	values := make([]string, 0, t.headers) // one allocation for all the values that differ between requests
 	header := maps.Clone(t.header)
+	long := ""
 	set := func(name, value string) {
+		if len(value) > maxHeaderValue {
+			long = name
+		}
 		values = append(values, value)
 		header[name] = values[len(values)-1 : len(values) : len(values)]
 	}
@@ -112,8 +116,12 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 			return nil, bad
 		}
 	}
-	for i := range t.signatures {
-		set(t.signatures[i].header, t.signatures[i].sign(a.Event.ID, timestamp, b))
+	signatures := t.signatures
+	if until := t.endpoint.PreviousUntil; !until.IsZero() && !now.Before(until) {
+		signatures = t.newest
+	}
+	for i := range signatures {
+		set(signatures[i].header, signatures[i].sign(a.Event.ID, timestamp, b))
 	}
 	if t.nfeio {
 		set(headerHookID, a.Event.ID)
@@ -122,6 +130,9 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 	}
 	if parent := traceparent(a.Event.Headers); parent != "" {
 		set(headerTraceparent, parent)
+	}
+	if long != "" {
+		return nil, &unsendable{outbox.ReasonBadRequest, fmt.Sprintf("the header %s would be larger than %d bytes", long, maxHeaderValue)}
 	}
 
 	req := t.base.WithContext(ctx)

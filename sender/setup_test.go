@@ -1,6 +1,8 @@
 package sender
 
 import (
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"testing"
@@ -13,6 +15,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/sender/sendertest"
 )
 
 const (
@@ -114,6 +117,16 @@ func cloudEventsBinary(e *outbox.Endpoint) { e.Format = outbox.FormatCloudEvents
 
 func timeout(d time.Duration) func(*outbox.Endpoint) {
 	return func(e *outbox.Endpoint) { e.Timeout = d }
+}
+
+// clientPair is a certificate and its key in PEM.
+func clientPair(t *testing.T) (cert string, key outbox.Secret) {
+	t.Helper()
+	pair, cert, err := sendertest.Certificate("client.example", time.Time{})
+	require.NoError(t, err)
+	der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	require.NoError(t, err)
+	return cert, outbox.Secret(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
 }
 
 // fake is a network for bubbles: it answers as it is told, at the pace of the bubble's clock.

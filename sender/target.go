@@ -6,17 +6,34 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/walhook/walhook/outbox"
 )
+
+// What an endpoint's own headers may take, in bytes: a value, and all of them with their names.
+// Servers refuse more, most of them at 8 KiB or 16 KiB in all.
+const (
+	maxHeaderValue = 8 << 10
+	maxHeaders     = 32 << 10
+)
+
+// headerSize is what headers take on the wire of HTTP/1.1.
+func headerSize(h http.Header) (size int) {
+	for name, values := range h {
+		for _, v := range values {
+			size += len(name) + len(v) + len(": \r\n")
+		}
+	}
+	return size
+}
 
 // maxURL is how long an endpoint's URL may be; most servers refuse longer ones.
 const maxURL = 8192
@@ -31,11 +48,13 @@ type target struct {
 	header http.Header
 	// signatures are the headers that sign a request, each by its scheme and secrets.
 	signatures []signature
-	nfeio      bool   // NFE.io's headers beside its signatures are sent too
-	source     string // of events, as CloudEvents calls it
-	headers    int    // at most so many have a value of their own in each request
+	newest     []signature // the same by the newest secret alone
+	nfeio      bool        // NFE.io's headers beside its signatures are sent too
+	source     string      // of events, as CloudEvents calls it
+	headers    int         // at most so many have a value of their own in each request
+	tokens     *tokens     // that OAuth 2.0 gives; nil where it is not used
 	tls        *tls.Config
-	guard      guard
+	way        way
 	route      string // equal for targets that may share connections
 
 	rt      http.RoundTripper
@@ -57,14 +76,14 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	var errs []error
 	t := &target{
 		endpoint: e,
-		guard:    guard{origin: e.Origin, allow: e.Network.Allow, deny: e.Network.Deny},
+		way:      way{guard: guard{origin: e.Origin, allow: plainPrefixes(e.Network.Allow), deny: plainPrefixes(e.Network.Deny)}},
 	}
 
 	to, err := parseURL(e)
 	if err != nil {
 		errs = append(errs, fmt.Errorf("url: %w", err))
 	} else {
-		t.guard.plain = to.Scheme == "http"
+		t.way.guard.plain = to.Scheme == "http"
 		t.base = &http.Request{
 			Method: http.MethodPost, URL: to, Host: to.Host,
 			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -98,35 +117,88 @@ func parse(e *outbox.Endpoint) (*target, error) {
 		}
 	}
 
+	authorization, tokens, wrong := parseAuth(e)
+	errs = append(errs, wrong...)
+	t.tokens = tokens
 	t.header, wrong = parseHeaders(e.Headers, t.taken())
 	errs = append(errs, wrong...)
+	if authorization != "" {
+		t.header[headerAuthorization] = []string{authorization}
+	}
+	if authorization != "" || tokens != nil {
+		for _, s := range t.signatures {
+			if strings.EqualFold(s.header, headerAuthorization) {
+				errs = append(errs, errors.New("signing: sets the header Authorization, which auth sets already"))
+			}
+		}
+	}
+	if size := headerSize(t.header); size > maxHeaders {
+		errs = append(errs, fmt.Errorf("headers: have %d bytes together, %d are allowed", size, maxHeaders))
+	}
 	if _, given := t.header["Idempotency-Key"]; !given {
 		t.header["Idempotency-Key"] = nil
 	}
 
-	authorities := ""
-	t.tls, authorities, wrong = parseTLS(e.TLS)
+	t.tls, wrong = parseTLS(e)
 	errs = append(errs, wrong...)
+	if e.Auth.MTLS != nil && t.way.guard.plain {
+		errs = append(errs, errors.New("auth.mtls: needs a url that begins with https://"))
+	}
+	if t.way.proxy, err = parseProxy(e.Proxy); err != nil {
+		errs = append(errs, fmt.Errorf("proxy: %w", err))
+	}
 
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
+	t.newest = t.signatures
+	if !e.PreviousUntil.IsZero() {
+		t.newest = slices.Clone(t.signatures)
+		for i := range t.newest {
+			t.newest[i].keys = t.newest[i].keys[:1]
+		}
+	}
 	// Connections are shared by endpoints that are reached by the same rules, and by no others:
 	// the guard judges when a connection is made, not when it is used again.
-	t.route = fmt.Sprintf("%s plain=%t allow=%v deny=%v tls=%s ca=%x",
-		e.Origin, t.guard.plain && e.Origin != outbox.FromFile, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, sha256.Sum256([]byte(authorities)))
+	secret := sha256.New()
+	for _, part := range t.transportSecrets() {
+		fmt.Fprintf(secret, "%d:%s", len(part), part)
+	}
+	t.route = fmt.Sprintf("%s plain=%t allow=%v deny=%v tls=%s %x",
+		e.Origin, t.way.guard.plain && e.Origin != outbox.FromFile, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, secret.Sum(nil))
 	return t, nil
 }
 
+// transportSecrets is what makes a connection and is too long, or too private, to name it by.
+func (t *target) transportSecrets() []string {
+	e := t.endpoint
+	parts := []string{e.TLS.CA, "", "", ""}
+	if e.Auth.MTLS != nil {
+		parts[1], parts[2] = e.Auth.MTLS.Cert, e.Auth.MTLS.Key.Reveal()
+	}
+	if t.way.proxy != nil {
+		parts[3] = e.Proxy.Reveal()
+	}
+	return parts
+}
+
+// Format keeps an endpoint's credentials out of whatever prints by reflection.
+func (t *target) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, t.endpoint.String()) }
+
 // parseURL checks an endpoint's URL. Its errors never show it: its query may hold a credential.
 func parseURL(e *outbox.Endpoint) (*url.URL, error) {
-	if e.URL == "" {
+	return parseAddress(e.URL, e.Origin, e.Origin == outbox.FromFile || len(e.Network.Allow) > 0)
+}
+
+// parseAddress checks where requests are sent to; plain says whether that may be by plain http.
+func parseAddress(address string, origin outbox.Origin, plain bool) (*url.URL, error) {
+	if address == "" {
 		return nil, errors.New("is missing")
 	}
-	if len(e.URL) > maxURL {
+	if len(address) > maxURL {
 		return nil, fmt.Errorf("is longer than %d bytes", maxURL)
 	}
-	to, err := url.Parse(e.URL)
+	to, err := url.Parse(address)
 	if err != nil {
 		return nil, errors.New("is not a valid URL")
 	}
@@ -136,10 +208,10 @@ func parseURL(e *outbox.Endpoint) (*url.URL, error) {
 	case to.Hostname() == "":
 		return nil, errors.New("has no host")
 	case to.User != nil:
-		return nil, errors.New("holds a user name or password; send them in headers.Authorization")
-	case to.Scheme == "http" && e.Origin != outbox.FromFile && len(e.Network.Allow) == 0:
+		return nil, errors.New("holds a user name or password, which are given in auth")
+	case to.Scheme == "http" && !plain:
 		return nil, errors.New("must begin with https://")
-	case strings.Contains(to.Hostname(), "%") && e.Origin != outbox.FromFile:
+	case strings.Contains(to.Hostname(), "%") && origin != outbox.FromFile:
 		return nil, errors.New("its address has a zone")
 	case strings.Contains(to.Hostname(), ":"):
 		if _, err := netip.ParseAddr(to.Hostname()); err != nil {
@@ -158,7 +230,7 @@ func parseURL(e *outbox.Endpoint) (*url.URL, error) {
 
 // reserved header names are the sender's or HTTP's own to set.
 var reserved = []string{
-	"host", "transfer-encoding", "connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect",
+	"host", "transfer-encoding", "connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "trailer", "upgrade", "expect",
 }
 
 // reservedHeader tells whether a header, in lower case, is the sender's or HTTP's own to set.
@@ -177,6 +249,9 @@ func (t *target) taken() []string {
 	}
 	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
 		names = append(names, attributeHeaders...)
+	}
+	if a := t.endpoint.Auth; a.Basic != nil || a.Bearer != "" || a.OAuth2 != nil {
+		names = append(names, "authorization")
 	}
 	return names
 }
@@ -199,6 +274,8 @@ func parseHeaders(given map[string]string, taken []string) (http.Header, []error
 			why = "is the same header as " + seen[lower]
 		case !validHeaderValue(value):
 			why = "its value holds a line break, NUL or another control character"
+		case len(value) > maxHeaderValue:
+			why = fmt.Sprintf("its value is larger than %d bytes", maxHeaderValue)
 		}
 		if why != "" {
 			if !validHeaderName(name) {
@@ -240,51 +317,36 @@ func validHeaderValue(s string) bool {
 	return true
 }
 
-// parseTLS reads the endpoint's TLS settings, and a CA file now: a certificate that was
-// renewed under the same path counts from the next reload on. authorities is the PEM read.
-func parseTLS(s outbox.TLS) (cfg *tls.Config, authorities string, errs []error) {
+// parseTLS reads the endpoint's TLS settings. It reads no file: what an endpoint says may be a
+// stranger's word, and who knows better has read its files before.
+func parseTLS(e *outbox.Endpoint) (cfg *tls.Config, errs []error) {
 	cfg = &tls.Config{}
-	switch s.MinVersion {
+	switch e.TLS.MinVersion {
 	case "", "1.2":
 		cfg.MinVersion = tls.VersionTLS12
 	case "1.3":
 		cfg.MinVersion = tls.VersionTLS13
 	default:
-		errs = append(errs, fmt.Errorf(`tls.min_version: %q is not one of "1.2", "1.3"`, s.MinVersion))
+		errs = append(errs, fmt.Errorf(`tls.min_version: %q is not one of "1.2", "1.3"`, e.TLS.MinVersion))
 	}
-	if s.CA == "" {
-		return cfg, "", errs
-	}
-	authorities = s.CA
-	if !strings.Contains(s.CA, "-----BEGIN") {
-		pem, err := readCA(s.CA)
-		if err != nil {
-			return nil, "", append(errs, fmt.Errorf("tls.ca: %w", err))
-		}
-		authorities = pem
-	}
-	cfg.RootCAs = x509.NewCertPool()
-	if !cfg.RootCAs.AppendCertsFromPEM([]byte(authorities)) {
-		errs = append(errs, errors.New("tls.ca: holds no certificate in PEM"))
-	}
-	return cfg, authorities, errs
-}
-
-// maxCA is more than any bundle of authorities has.
-const maxCA = 4 << 20
-
-// readCA reads a file that an endpoint names, maybe one of the table: a device or a pipe in its
-// place must neither block nor fill the memory.
-func readCA(path string) (string, error) {
-	info, err := os.Stat(path)
 	switch {
-	case err != nil:
-		return "", err
-	case !info.Mode().IsRegular():
-		return "", fmt.Errorf("%s is not a file", path)
-	case info.Size() > maxCA:
-		return "", fmt.Errorf("%s is larger than %d bytes", path, maxCA)
+	case e.TLS.CA == "":
+	case !isPEM(e.TLS.CA):
+		errs = append(errs, errors.New("tls.ca: is not PEM, and no file is read for an endpoint"))
+	default:
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM([]byte(e.TLS.CA)) {
+			errs = append(errs, errors.New("tls.ca: holds no certificate in PEM"))
+		}
 	}
-	pem, err := os.ReadFile(path)
-	return string(pem), err
+	if e.Auth.MTLS != nil {
+		pair, err := parseKeyPair(e.Auth.MTLS)
+		if err != nil {
+			return nil, append(errs, err)
+		}
+		// Not cfg.Certificates: of those none is sent where the receiver names other authorities,
+		// and nobody says so.
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil }
+	}
+	return cfg, errs
 }

@@ -16,8 +16,8 @@ import (
 func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 	_, pem, err := sendertest.Certificate("x.example", time.Time{})
 	require.NoError(t, err)
-	dir := t.TempDir()
-	file := filepath.Join(dir, "ca.pem")
+	cert, key := clientPair(t)
+	file := filepath.Join(t.TempDir(), "ca.pem")
 	require.NoError(t, os.WriteFile(file, []byte(pem), 0o600))
 
 	secret := func(s string) func(*outbox.Endpoint) {
@@ -31,6 +31,14 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 		return func(e *outbox.Endpoint) { e.Headers = map[string]string{name: value} }
 	}
 	ca := func(s string) func(*outbox.Endpoint) { return func(e *outbox.Endpoint) { e.TLS.CA = s } }
+
+	auth := func(a outbox.Auth) func(*outbox.Endpoint) { return func(e *outbox.Endpoint) { e.Auth = a } }
+	oauth := func(change func(*outbox.OAuth2)) func(*outbox.Endpoint) {
+		o := outbox.OAuth2{TokenURL: "https://idp.example/token", ClientID: "me", ClientSecret: "TOPSECRET", Scopes: []string{"hooks:write"}}
+		change(&o)
+		return auth(outbox.Auth{OAuth2: &o})
+	}
+	proxy := func(s outbox.Secret) func(*outbox.Endpoint) { return func(e *outbox.Endpoint) { e.Proxy = s } }
 
 	own := func(change func(*outbox.Signing)) func(*outbox.Endpoint) {
 		return func(e *outbox.Endpoint) {
@@ -52,7 +60,8 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 		"scheme":             {url("ftp://x.example/TOPSECRET"), "url: must begin with https:// or http://"},
 		"no scheme":          {url("x.example/TOPSECRET"), "url: must begin with https:// or http://"},
 		"no host":            {url("https:///TOPSECRET"), "url: has no host"},
-		"userinfo":           {url("https://me:TOPSECRET@x.example/"), "url: holds a user name or password; send them in headers.Authorization"},
+		"userinfo":           {url("https://me:TOPSECRET@x.example/"), "url: holds a user name or password, which are given in auth"},
+		"table, userinfo":    {table("https://me:TOPSECRET@x.example/"), "url: holds a user name or password, which are given in auth"},
 		"port":               {url("https://x.example:99999/"), "url: its port is not one of 1 to 65535"},
 		"port zero":          {url("https://x.example:0/"), "url: its port is not one of 1 to 65535"},
 		"control character":  {url("https://x.example/TOPSECRET\n"), "url: is not a valid URL"},
@@ -126,29 +135,81 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 		"format":                   {func(e *outbox.Endpoint) { e.Format = "xml" }, `format: "xml" is not one of standard, raw, cloudevents, cloudevents-binary`},
 		"timeout":                  {timeout(0), "timeout: must be more than 0"},
 
-		"header":            {header("X-Env", "prod"), ""},
-		"user-agent":        {header("User-Agent", "acme"), ""},
-		"authorization":     {header("Authorization", "Bearer x"), ""},
-		"host":              {header("Host", "x"), "headers.Host: is set by walhook and cannot be given"},
-		"content-type":      {header("content-TYPE", "x"), "headers.content-TYPE: is set by walhook and cannot be given"},
-		"content-length":    {header("Content-Length", "1"), "headers.Content-Length: is set by walhook and cannot be given"},
-		"transfer-encoding": {header("Transfer-Encoding", "chunked"), "headers.Transfer-Encoding: is set by walhook and cannot be given"},
-		"connection":        {header("connection", "close"), "headers.connection: is set by walhook and cannot be given"},
-		"webhook-id":        {header("Webhook-Id", "x"), "headers.Webhook-Id: is set by walhook and cannot be given"},
-		"bad name":          {header("X Env:", "x"), `headers."X Env:": is not a valid header name`},
-		"empty name":        {header("", "x"), `headers."": is not a valid header name`},
-		"CR LF":             {header("X-Env", "TOPSECRET\r\nX-Evil: 1"), "headers.X-Env: its value holds a line break, NUL or another control character"},
-		"NUL":               {header("X-Env", "TOPSECRET\x00"), "headers.X-Env: its value holds a line break, NUL or another control character"},
-		"twice":             {func(e *outbox.Endpoint) { e.Headers = map[string]string{"X-A": "1", "x-a": "2"} }, "headers.x-a: is the same header as X-A"},
+		"header":              {header("X-Env", "prod"), ""},
+		"user-agent":          {header("User-Agent", "acme"), ""},
+		"authorization":       {header("Authorization", "Bearer x"), ""},
+		"host":                {header("Host", "x"), "headers.Host: is set by walhook and cannot be given"},
+		"content-type":        {header("content-TYPE", "x"), "headers.content-TYPE: is set by walhook and cannot be given"},
+		"content-length":      {header("Content-Length", "1"), "headers.Content-Length: is set by walhook and cannot be given"},
+		"transfer-encoding":   {header("Transfer-Encoding", "chunked"), "headers.Transfer-Encoding: is set by walhook and cannot be given"},
+		"connection":          {header("connection", "close"), "headers.connection: is set by walhook and cannot be given"},
+		"webhook-id":          {header("Webhook-Id", "x"), "headers.Webhook-Id: is set by walhook and cannot be given"},
+		"bad name":            {header("X Env:", "x"), `headers."X Env:": is not a valid header name`},
+		"empty name":          {header("", "x"), `headers."": is not a valid header name`},
+		"CR LF":               {header("X-Env", "TOPSECRET\r\nX-Evil: 1"), "headers.X-Env: its value holds a line break, NUL or another control character"},
+		"NUL":                 {header("X-Env", "TOPSECRET\x00"), "headers.X-Env: its value holds a line break, NUL or another control character"},
+		"proxy-authorization": {header("Proxy-Authorization", "x"), "headers.Proxy-Authorization: is set by walhook and cannot be given"},
+		"large":               {header("X-Env", strings.Repeat("x", 8193)), "headers.X-Env: its value is larger than 8192 bytes"},
+		"largest":             {header("X-Env", strings.Repeat("x", 8192)), ""},
+		"large together": {func(e *outbox.Endpoint) {
+			e.Headers = map[string]string{}
+			for _, name := range []string{"A", "B", "C", "D"} {
+				e.Headers[name] = strings.Repeat("x", 8192)
+			}
+		}, "headers: have 32788 bytes together, 32768 are allowed"},
+		"twice": {func(e *outbox.Endpoint) { e.Headers = map[string]string{"X-A": "1", "x-a": "2"} }, "headers.x-a: is the same header as X-A"},
 
-		"CA in PEM":     {ca(pem), ""},
-		"CA in a file":  {ca(file), ""},
-		"CA, no file":   {ca(filepath.Join(dir, "none")), "tls.ca: stat " + filepath.Join(dir, "none") + ": no such file or directory"},
-		"CA, a device":  {ca("/dev/zero"), "tls.ca: /dev/zero is not a file"},
-		"CA, no PEM":    {ca("-----BEGIN nonsense"), "tls.ca: holds no certificate in PEM"},
-		"TLS version":   {func(e *outbox.Endpoint) { e.TLS.MinVersion = "1.1" }, `tls.min_version: "1.1" is not one of "1.2", "1.3"`},
-		"TLS 1.3":       {func(e *outbox.Endpoint) { e.TLS.MinVersion = "1.3" }, ""},
-		"TLS undecided": {func(e *outbox.Endpoint) { e.TLS.MinVersion = "" }, ""},
+		"CA in PEM":             {ca(pem), ""},
+		"CA in a file":          {ca(file), "tls.ca: is not PEM, and no file is read for an endpoint"},
+		"CA, no file":           {ca("/TOPSECRET"), "tls.ca: is not PEM, and no file is read for an endpoint"},
+		"CA, no PEM":            {ca("-----BEGIN nonsense"), "tls.ca: holds no certificate in PEM"},
+		"TLS version":           {func(e *outbox.Endpoint) { e.TLS.MinVersion = "1.1" }, `tls.min_version: "1.1" is not one of "1.2", "1.3"`},
+		"TLS 1.3":               {func(e *outbox.Endpoint) { e.TLS.MinVersion = "1.3" }, ""},
+		"TLS undecided":         {func(e *outbox.Endpoint) { e.TLS.MinVersion = "" }, ""},
+		"basic":                 {auth(outbox.Auth{Basic: &outbox.Basic{Username: "me", Password: "grüezi: x"}}), ""},
+		"basic, password alone": {auth(outbox.Auth{Basic: &outbox.Basic{Password: "TOPSECRET"}}), ""},
+		"basic, nothing":        {auth(outbox.Auth{Basic: &outbox.Basic{}}), "auth.basic.username: is missing"},
+		"basic, colon":          {auth(outbox.Auth{Basic: &outbox.Basic{Username: "TOP:SECRET"}}), "auth.basic.username: holds a colon, which ends a user name (RFC 7617)"},
+		"basic, CR LF":          {auth(outbox.Auth{Basic: &outbox.Basic{Username: "me", Password: "TOPSECRET\r\nX-Evil: 1"}}), "auth.basic.password: holds a line break, NUL or another control character"},
+		"basic, large":          {auth(outbox.Auth{Basic: &outbox.Basic{Username: "me", Password: outbox.Secret(strings.Repeat("x", 8000))}}), "auth.basic: makes a header larger than 8192 bytes"},
+		"bearer":                {auth(outbox.Auth{Bearer: "abc.def~+/=="}), ""},
+		"bearer, CR LF":         {auth(outbox.Auth{Bearer: "TOPSECRET\r\nX-Evil: 1"}), "auth.bearer: holds a space, a line break or another character that a token cannot have"},
+		"basic and bearer":      {auth(outbox.Auth{Basic: &outbox.Basic{Username: "TOPSECRET"}, Bearer: "TOPSECRET"}), "auth: has both basic and bearer; they share a header, so it is one of basic, bearer, oauth2"},
+		"auth and its header":   {func(e *outbox.Endpoint) { auth(outbox.Auth{Bearer: "x"})(e); header("authorization", "TOPSECRET")(e) }, "headers.authorization: is set by walhook and cannot be given"},
+		"auth and signing": {func(e *outbox.Endpoint) {
+			own(func(s *outbox.Signing) { s.Header = "Authorization" })(e)
+			e.Auth.Bearer = "TOPSECRET"
+		}, "signing: sets the header Authorization, which auth sets already"},
+		"oauth2":           {oauth(func(*outbox.OAuth2) {}), ""},
+		"oauth2, nothing":  {auth(outbox.Auth{OAuth2: &outbox.OAuth2{}}), "auth.oauth2.token_url: is missing\nauth.oauth2.client_id: is missing\nauth.oauth2.client_secret: is missing"},
+		"oauth2, userinfo": {oauth(func(o *outbox.OAuth2) { o.TokenURL = "https://me:TOPSECRET@x.example/" }), "auth.oauth2.token_url: holds a user name or password, which are given in auth"},
+		"oauth2, scope":    {oauth(func(o *outbox.OAuth2) { o.Scopes = []string{"a", "TOP SECRET"} }), "auth.oauth2.scopes[1]: is not the name of a scope"},
+		"oauth2, plain":    {oauth(func(o *outbox.OAuth2) { o.TokenURL = "http://idp.internal/token" }), ""},
+		"oauth2, plain of table": {func(e *outbox.Endpoint) {
+			table("http://x.example/")(e)
+			e.Network.Allow = prefixes("10.0.0.0/8")
+			oauth(func(o *outbox.OAuth2) { o.TokenURL = "http://10.0.0.1/token" })(e)
+		}, "auth.oauth2.token_url: must begin with https://"},
+		"mtls":             {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: cert, Key: key}}), ""},
+		"mtls and bearer":  {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: cert, Key: key}, Bearer: "x"}), ""},
+		"mtls, nothing":    {auth(outbox.Auth{MTLS: &outbox.KeyPair{}}), "auth.mtls.cert: is missing"},
+		"mtls, no key":     {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: cert}}), "auth.mtls.key: is missing"},
+		"mtls, a path":     {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: cert, Key: outbox.Secret(file)}}), "auth.mtls.key: is not a private key in PEM"},
+		"mtls, two of one": {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: cert, Key: outbox.Secret(cert)}}), "auth.mtls: tls: found a certificate rather than a key in the PEM for the private key"},
+		"mtls, of another": {auth(outbox.Auth{MTLS: &outbox.KeyPair{Cert: pem, Key: key}}), "auth.mtls: tls: private key does not match public key"},
+		"mtls, plain http": {func(e *outbox.Endpoint) {
+			url("http://x.example/")(e)
+			e.Auth.MTLS = &outbox.KeyPair{Cert: cert, Key: key}
+		}, "auth.mtls: needs a url that begins with https://"},
+		"proxy":             {proxy("http://me:TOPSECRET@proxy.internal:3128"), ""},
+		"proxy by TLS":      {proxy("https://proxy.internal/"), ""},
+		"no proxy":          {proxy(outbox.NoProxy), ""},
+		"proxy, socks":      {proxy("socks5://me:TOPSECRET@proxy.internal"), "proxy: must begin with http:// or https://, or be none"},
+		"proxy, no scheme":  {proxy("TOPSECRET"), "proxy: must begin with http:// or https://, or be none"},
+		"proxy, a mess":     {proxy("http://TOPSECRET:%zz@x"), "proxy: is not a valid URL"},
+		"proxy, port":       {proxy("http://proxy:0"), "proxy: its port is not one of 1 to 65535"},
+		"proxy with a path": {proxy("http://proxy:3128/TOPSECRET"), "proxy: has a path; a proxy is a host and a port"},
+
 		"all at once": {func(e *outbox.Endpoint) {
 			e.URL, e.TLS.MinVersion = "", "9"
 			secret("TOPSECRET")(e)

@@ -36,6 +36,9 @@ type Config struct {
 	Buffer    Buffer
 	Server    Server
 	Log       Log
+
+	environment func(*url.URL) (*url.URL, error) // the proxy that it names for a URL: see proxied
+	inputs      inputs                           // the files it is made of, Path among them
 }
 
 // Database says where Postgres is. The URLs hold passwords, hence their type.
@@ -121,19 +124,31 @@ func configPath(given string, env func(string) (string, bool)) string {
 // come from env. All mistakes are reported at once in a *ConfigError, which never contains
 // the value of a secret, of a variable, or of anything else that may hold a credential.
 func LoadConfig(path string, env func(string) (string, bool)) (*Config, error) {
+	c, _, err := loadConfig(path, env)
+	return c, err
+}
+
+// loadConfig is LoadConfig, and tells which files were read, also where they make no configuration.
+func loadConfig(path string, env func(string) (string, bool)) (*Config, inputs, error) {
 	path = configPath(path, env)
 	l := &loader{file: filepath.Clean(path), env: env}
 	src, ok := l.open()
 	if !ok {
-		return nil, l.err()
+		return nil, l.inputs(), l.err()
 	}
-	return l.load(src)
+	c, err := l.load(src)
+	if err != nil {
+		return nil, l.inputs(), err
+	}
+	c.inputs = l.inputs()
+	return c, c.inputs, nil
 }
 
 // load is LoadConfig once the file has been read.
 func (l *loader) load(src []byte) (*Config, error) {
 	c := defaultConfig()
 	c.Path = l.file
+	c.environment = environmentProxy(l.env)
 	if root, ok := l.parse(src); ok {
 		l.config(root, c)
 	}
@@ -196,7 +211,7 @@ func (l *loader) config(root value, c *Config) {
 		sound = l.defaults(defaults, endpoints, &c.Defaults)
 	}
 	if seen["endpoints"] {
-		c.Endpoints = l.endpoints(endpoints, c.Defaults, sound)
+		c.Endpoints = l.endpoints(endpoints, c.Defaults, sound, c.environment)
 	} else {
 		l.missing(root, "endpoints", "a list of endpoints, as in [{url: \"https://…\"}]")
 	}
@@ -358,7 +373,7 @@ func (l *loader) eachSays(key string, list value) bool {
 
 // endpoints reads the endpoints of the file, each over the defaults. What is wrong with those
 // is not said again for each.
-func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool) []*outbox.Endpoint {
+func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool, environment func(*url.URL) (*url.URL, error)) []*outbox.Endpoint {
 	items, ok := l.items(v)
 	if ok && len(items) == 0 {
 		l.problem(v, "is empty", "one endpoint or more, as in [{url: \"https://…\"}]")
@@ -375,6 +390,9 @@ func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool
 			}
 		}
 		if sound && defaultsSound {
+			if err := proxied(&e, environment); err != nil {
+				l.problem(item, err.Error(), "proxy: http://proxy:3128 of its own, or proxy: none")
+			}
 			if err := sender.Validate(e); err != nil {
 				l.foreign(item, err)
 			}
@@ -414,7 +432,7 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 		{"signing", l.signing(&e.Signing)},
 		{"format", oneOf(l, &e.Format, outbox.FormatStandard, outbox.FormatRaw, outbox.FormatCloudEvents, outbox.FormatCloudEventsBinary)},
 		{"transform", l.later("")},
-		{"auth", l.later("")},
+		{"auth", l.auth(e)},
 		{"headers", l.headers(&e.Headers)},
 		{"ordering", oneOf(l, &e.Ordering, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll)},
 		{"timeout", l.duration(&e.Timeout, time.Millisecond, 10*time.Minute)},
@@ -449,10 +467,101 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 		}},
 		{"tls", func(v value) {
 			l.section(v,
-				field{"ca", l.text(&e.TLS.CA)},
+				field{"ca", l.pem(e, &e.TLS.CA)},
 				field{"min_version", oneOf(l, &e.TLS.MinVersion, "1.2", "1.3")})
 		}},
-		{"proxy", l.later("")},
+		{"proxy", func(v value) {
+			if l.isOneOf(v, outbox.NoProxy.Reveal()) { // no secret: it stands in messages
+				e.Proxy = outbox.NoProxy
+				return
+			}
+			l.secret(&e.Proxy)(v)
+			if e.Origin != outbox.FromFile {
+				l.problem(v, "is the operator's to say", "leave it out")
+			}
+		}},
+	}
+}
+
+// auth reads how an endpoint is told whose requests they are. It takes the place of what the
+// defaults say: half of one and half of another are none.
+func (l *loader) auth(e *outbox.Endpoint) func(value) {
+	return func(v value) {
+		var a outbox.Auth
+		l.section(v,
+			field{"basic", func(v value) {
+				a.Basic = &outbox.Basic{}
+				l.section(v,
+					field{"username", l.text(&a.Basic.Username)},
+					field{"password", l.secret(&a.Basic.Password)})
+			}},
+			field{"bearer", l.credential(&a.Bearer)},
+			field{"oauth2", func(v value) {
+				a.OAuth2 = &outbox.OAuth2{}
+				l.section(v,
+					field{"token_url", l.credential(&a.OAuth2.TokenURL)},
+					field{"client_id", l.text(&a.OAuth2.ClientID)},
+					field{"client_secret", l.credential(&a.OAuth2.ClientSecret)},
+					field{"scopes", l.scopes(&a.OAuth2.Scopes)})
+			}},
+			field{"mtls", func(v value) {
+				a.MTLS = &outbox.KeyPair{}
+				key := ""
+				l.section(v,
+					field{"cert", l.pem(e, &a.MTLS.Cert)},
+					field{"key", l.pem(e, &key)})
+				a.MTLS.Key = outbox.Secret(key)
+			}})
+		e.Auth = a
+	}
+}
+
+// credential is a secret that must not be empty: nothing would be sent in its place, unnoticed.
+func (l *loader) credential(dst *outbox.Secret) func(value) {
+	return func(v value) {
+		l.secret(dst)(v)
+		if s, wrong := l.peek(v); wrong == (Problem{}) && s.text == "" {
+			l.problem(v, "is empty", "a value, or no such key at all")
+		}
+	}
+}
+
+func (l *loader) scopes(dst *[]string) func(value) {
+	return func(v value) {
+		items, ok := l.items(v)
+		if !ok {
+			return
+		}
+		*dst = make([]string, len(items))
+		for i, item := range items {
+			l.name(&(*dst)[i], func(s string) bool { return s != "" }, "the name of a scope")(item)
+		}
+	}
+}
+
+// maxPEM is more than any bundle of authorities has.
+const maxPEM = 4 << 20
+
+// pem reads certificates or a key: PEM, or, where the operator says so, the path of a file with
+// it. What a row of the table names is never opened: the file would be this host's, the row
+// anybody's.
+func (l *loader) pem(e *outbox.Endpoint, dst *string) func(value) {
+	return func(v value) {
+		s, ok := l.scalar(v, sensitive)
+		switch {
+		case !ok:
+		case s.text == "", strings.Contains(s.text, "-----BEGIN "):
+			*dst = s.text
+		case e.Origin != outbox.FromFile:
+			l.problem(v, "is not PEM", "-----BEGIN …; the path of a file is for endpoints of the configuration file")
+		default:
+			content, err := l.read(s.text, maxPEM)
+			if err != nil {
+				l.problem(v, "is neither PEM nor a file that can be read: "+err.Error(), "a path, or -----BEGIN …")
+				return
+			}
+			*dst = string(content)
+		}
 	}
 }
 

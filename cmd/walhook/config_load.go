@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -69,9 +70,10 @@ type loader struct {
 	env      func(string) (string, bool)
 	aliases  map[*ast.AliasNode]ast.Node
 	problems []Problem
-	hidden   []string // values that no message may contain
-	merges   int      // merge keys (<<) followed so far
-	literal  bool     // nothing is put in for ${…}: what is read is not the operator's
+	hidden   []string           // values that no message may contain
+	files    map[string]content // read so far, each once: two readings may differ
+	merges   int                // merge keys (<<) followed so far
+	literal  bool               // nothing is put in for ${…}: what is read is not the operator's
 }
 
 // value is a place in the file. Its node is never an alias, an anchor or a tag, and is nil
@@ -101,7 +103,7 @@ const maxConfig = 1 << 20
 
 // open reads the file.
 func (l *loader) open() (src []byte, ok bool) {
-	src, err := readSmall(l.file)
+	src, err := l.read(l.file, maxConfig)
 	if err != nil {
 		allowed := ""
 		if errors.Is(err, fs.ErrNotExist) {
@@ -633,7 +635,7 @@ func (l *loader) lookUp(body string) (put, ref, wrong string) {
 		if !filepath.IsAbs(path) {
 			return "", "", "refers to a file without saying where it is: ${file:…} wants an absolute path"
 		}
-		content, err := readSmall(path)
+		content, err := l.read(path, maxConfig)
 		if err != nil {
 			return "", "", fmt.Sprintf("refers to file %s, which cannot be read: %s", path, err)
 		}
@@ -658,8 +660,64 @@ func (l *loader) lookUp(body string) (put, ref, wrong string) {
 	return val, ref, ""
 }
 
-// readSmall reads a file of at most maxConfig bytes. Its errors do not repeat the path.
-func readSmall(path string) ([]byte, error) {
+// content is what a file held, or why it could not be read.
+type content struct {
+	bytes []byte
+	err   error
+	limit int64 // of its size
+}
+
+// read reads a file that the configuration is made of.
+func (l *loader) read(path string, limit int64) ([]byte, error) {
+	c, known := l.files[path]
+	if !known {
+		c.limit = limit
+		c.bytes, c.err = readSmall(path, limit)
+		if l.files == nil {
+			l.files = make(map[string]content)
+		}
+		l.files[path] = c
+	}
+	return c.bytes, c.err
+}
+
+// inputs are the files that a configuration is made of, each with what was found there.
+type inputs map[string]input
+
+type input struct {
+	digest [sha256.Size]byte // of what it held, or of why it could not be read
+	limit  int64             // of its size
+}
+
+func (c content) digest() [sha256.Size]byte {
+	if c.err != nil {
+		return sha256.Sum256([]byte("cannot be read: " + c.err.Error()))
+	}
+	return sha256.Sum256(append([]byte("read: "), c.bytes...))
+}
+
+func (l *loader) inputs() inputs {
+	in := make(inputs, len(l.files))
+	for path, c := range l.files {
+		in[path] = input{c.digest(), c.limit}
+	}
+	return in
+}
+
+// changed tells whether one of the files is not what it was. Links are followed, so that the
+// swap of a mounted volume is seen.
+func (in inputs) changed() bool {
+	for path, was := range in {
+		var c content
+		if c.bytes, c.err = readSmall(path, was.limit); c.digest() != was.digest {
+			return true
+		}
+	}
+	return false
+}
+
+// readSmall reads a file of at most limit bytes. Its errors do not repeat the path.
+func readSmall(path string, limit int64) ([]byte, error) {
 	bare := func(err error) error {
 		if perr, ok := errors.AsType[*fs.PathError](err); ok {
 			return perr.Err
@@ -678,12 +736,12 @@ func readSmall(path string) ([]byte, error) {
 		return nil, bare(err)
 	}
 	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	content, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, bare(err)
 	}
-	if len(content) > maxConfig {
-		return nil, errors.New("larger than 1 MiB")
+	if int64(len(content)) > limit {
+		return nil, errors.New("larger than " + formatSize(limit))
 	}
 	return content, nil
 }

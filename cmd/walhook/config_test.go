@@ -88,7 +88,7 @@ func TestEveryKeyAtItsDefaultIsAccepted(t *testing.T) {
 
 // The golden files hold every message, so that a change of one is seen and judged.
 func TestConfigMistakesSayWhereWhatAndWhatIsAllowed(t *testing.T) {
-	env := envOf(map[string]string{"WORD": "hunter2hunter2", "EMPTY": ""})
+	env := envOf(map[string]string{"WORD": "hunter2hunter2", "EMPTY": "", "LONG": strings.Repeat("hunter2", 2000)})
 	files, err := filepath.Glob("testdata/config/bad/*.yaml")
 	require.NoError(t, err)
 	require.NotEmpty(t, files)
@@ -423,7 +423,8 @@ database: {nonesuch: 1, url: host=h}
 cdc: {nonesuch: 1}
 outbox: [{table: t, nonesuch: 1, columns: {nonesuch: 1}}]
 defaults: {nonesuch: 1}
-endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1}}]
+endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1},
+  auth: {nonesuch: 1, basic: {nonesuch: 1}, oauth2: {nonesuch: 1}, mtls: {nonesuch: 1}}}]
 buffer: {nonesuch: 1}
 server: {nonesuch: 1}
 log: {nonesuch: 1}
@@ -440,13 +441,13 @@ log: {nonesuch: 1}
 		sections++
 		section = strings.TrimPrefix(index.ReplaceAllString(section, "[]"), "endpoints[].")
 		for key := range strings.SplitSeq(p.Allowed, ", ") {
-			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "log", "retry", "breaker", "batch", "network", "tls", "columns"}, key) {
+			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "log", "retry", "breaker", "batch", "network", "tls", "columns", "auth", "basic", "oauth2", "mtls"}, key) {
 				continue // a section, whose keys are looked for
 			}
 			require.True(t, strings.Contains(string(page), "`"+section+key+"`"), "docs/configuration.md has no `%s`", section+key)
 		}
 	}
-	require.Equal(t, 15, sections)
+	require.Equal(t, 19, sections)
 }
 
 // What people copy from the pages must be taken as it is.

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"regexp"
 	"slices"
 	"sync"
 	"syscall"
@@ -182,7 +181,9 @@ func (s *sidecar) databaseURL(replication bool) (string, error) {
 	return cfg.Database.URL.Reveal(), nil
 }
 
-// watchFile reloads the endpoints on SIGHUP and when the file's content changes.
+// watchFile reloads the endpoints on SIGHUP and when the content of the file changes, or of one
+// that it refers to: a secret, a certificate. What is broken is said once, and looked at again
+// when it changes.
 func (s *sidecar) watchFile(ctx context.Context) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -190,40 +191,28 @@ func (s *sidecar) watchFile(ctx context.Context) error {
 	tick := time.NewTicker(fileLook)
 	defer tick.Stop()
 	s.mu.Lock()
-	path := s.cfg.Path
+	path, last := s.cfg.Path, s.cfg.inputs
 	s.mu.Unlock()
-	last, _ := fileSum(path)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-hup:
-			last, _ = fileSum(path)
 		case <-tick.C:
-			sum, err := fileSum(path)
-			if err != nil || bytes.Equal(sum, last) {
+			if !last.changed() {
 				continue
 			}
-			last = sum
 		}
-		s.reload(ctx, path)
+		last = s.reload(ctx, path)
 	}
 }
 
-func fileSum(path string) ([]byte, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	sum := sha256.Sum256(b)
-	return sum[:], nil
-}
-
-func (s *sidecar) reload(ctx context.Context, path string) {
-	cfg, err := LoadConfig(path, s.opts.env)
+// reload takes up the endpoints of the file, and tells which files it found.
+func (s *sidecar) reload(ctx context.Context, path string) inputs {
+	cfg, read, err := loadConfig(path, s.opts.env)
 	if err != nil {
 		s.log.Error("the configuration is broken, the old one stays in force", zap.Error(err))
-		return
+		return read
 	}
 	s.mu.Lock()
 	old := s.cfg
@@ -231,22 +220,28 @@ func (s *sidecar) reload(ctx context.Context, path string) {
 		s.log.Warn("only endpoints are taken up while running; the other changes wait for a restart")
 	}
 	fresh := *old
-	fresh.Defaults, fresh.Endpoints = cfg.Defaults, cfg.Endpoints
+	fresh.Defaults, fresh.Endpoints, fresh.inputs = cfg.Defaults, cfg.Endpoints, cfg.inputs
 	s.cfg = &fresh
 	p := s.now
 	s.mu.Unlock()
 	if p == nil {
-		return
+		return read
 	}
 	if err := p.setEndpoints(ctx, cfg.Defaults, cfg.Endpoints); err != nil {
 		s.log.Error("the endpoints could not be taken up, the old ones stay in force", zap.Error(err))
-		return
+		return read
 	}
 	s.log.Info("configuration reloaded", zap.Int("endpoints", len(cfg.Endpoints)))
+	return read
 }
 
+var password = regexp.MustCompile(`(://[^:/@]*):.*@|(?:^|[\s?&])password\s*=\s*('(?:[^'\\]|\\.)*'|[^\s&]*)`)
+
+// needsRestart tells whether more has changed than is taken up while running: the endpoints, and
+// the database's password.
 func needsRestart(a, b *Config) bool {
-	return a.Database.Replication() != b.Database.Replication() || a.CDC != b.CDC || !slices.Equal(a.Outbox, b.Outbox) ||
+	address := func(c *Config) string { return password.ReplaceAllString(c.Database.Replication().Reveal(), "$1") }
+	return address(a) != address(b) || a.CDC != b.CDC || !slices.Equal(a.Outbox, b.Outbox) ||
 		a.Buffer != b.Buffer || a.Server != b.Server || a.Log != b.Log
 }
 
