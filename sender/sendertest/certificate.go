@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// Certificate makes a self-signed certificate for a host, good until notAfter (zero: for an hour),
-// and its PEM for who shall trust it.
-func Certificate(host string, notAfter time.Time) (*tls.Certificate, string, error) {
+// Certificate makes a self-signed certificate for a host, and for more names, good until notAfter
+// (zero: for an hour), and its PEM for who shall trust it.
+func Certificate(host string, notAfter time.Time, more ...string) (*tls.Certificate, string, error) {
 	if notAfter.IsZero() {
 		notAfter = time.Now().Add(time.Hour)
 	}
@@ -39,6 +39,7 @@ func Certificate(host string, notAfter time.Time) (*tls.Certificate, string, err
 	} else {
 		template.DNSNames = []string{host}
 	}
+	template.DNSNames = append(template.DNSNames, more...)
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		return nil, "", err
