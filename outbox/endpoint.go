@@ -19,8 +19,8 @@ func (s Secret) Reveal() string { return string(s) }
 const redacted = "[redacted]"
 
 // Format has every verb of fmt print the same, %x and %q too. What fmt, json or a log reaches by
-// reflection is safe as well, but for an unexported field, whose methods nobody can call: a struct
-// that keeps a Secret in one has a Format of its own.
+// reflection is safe as well, but for an unexported field, whose methods nobody can call (a struct
+// that keeps a Secret in one has a Format of its own), and for the key of a map in JSON.
 func (Secret) Format(f fmt.State, _ rune)   { _, _ = io.WriteString(f, redacted) }
 func (Secret) String() string               { return redacted }
 func (Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
@@ -142,6 +142,13 @@ type Auth struct {
 	OAuth2 *OAuth2
 	MTLS   *KeyPair
 }
+
+// Format prints nothing of the credentials. (fmt prints what a pointer leads to without asking it,
+// where a verb does not suit pointers: so these have to be asked before.)
+func (Auth) Format(f fmt.State, _ rune)    { _, _ = io.WriteString(f, redacted) }
+func (Basic) Format(f fmt.State, _ rune)   { _, _ = io.WriteString(f, redacted) }
+func (OAuth2) Format(f fmt.State, _ rune)  { _, _ = io.WriteString(f, redacted) }
+func (KeyPair) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
 
 // Basic is a user name and password, sent with every request.
 type Basic struct {

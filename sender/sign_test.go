@@ -3,10 +3,12 @@ package sender
 import (
 	"crypto/ed25519"
 	"encoding/base64"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
@@ -79,4 +81,55 @@ func TestEverySignatureVerifiesWhateverTheBody(t *testing.T) {
 		h.Set("webhook-signature", standardOf(t, hmacSecret).sign("evt%2E1", now, b))
 		require.NoError(t, wh.Verify([]byte(content), h))
 	}
+}
+
+// While a secret is being changed both verify, from the end of the overlap on the new one alone.
+func TestFromTheEndOfItsOverlapAnOldSecretSignsNoMore(t *testing.T) {
+	fresh := "whsec_" + base64.StdEncoding.EncodeToString([]byte("another key, of thirty-two bytes"))
+	verifies := func(got http.Header, body []byte, secret string) bool {
+		wh, err := standardwebhooks.NewWebhook(secret)
+		require.NoError(t, err)
+		return wh.VerifyIgnoringTimestamp(body, got) == nil // a bubble's clock stands elsewhere
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var header http.Header
+		var body []byte
+		b := setup(t, fake(func(r *http.Request) (*http.Response, error) {
+			header = make(http.Header)
+			for name, values := range r.Header {
+				if len(values) > 0 {
+					header.Set(name, values[0])
+				}
+			}
+			body, _ = io.ReadAll(r.Body)
+			return answer(200)
+		}))
+		until := time.Now().Add(24 * time.Hour)
+		both := endpoint("https://x.example/", func(e *outbox.Endpoint) {
+			e.Secrets, e.PreviousUntil = []outbox.Secret{outbox.Secret(fresh), hmacSecret, edSecret}, until
+			e.Signing = signing("standard", "stripe", "github")
+		})
+		for _, c := range []struct {
+			after time.Duration
+			old   bool
+		}{{0, true}, {24*time.Hour - time.Nanosecond, true}, {time.Nanosecond, false}, {1000 * time.Hour, false}} {
+			pass(c.after)
+			require.Equal(t, outbox.Delivered, b.send(both).Verdict)
+			require.True(t, verifies(header, body, fresh), "the new one signs at all times")
+			require.Equal(t, c.old, verifies(header, body, hmacSecret), "until %s, now %s", until, time.Now())
+			require.Equal(t, c.old, strings.Contains(header.Get("webhook-signature"), "v1a,"))
+			stripe := strings.Count(header.Get("Stripe-Signature"), "v1=")
+			require.Equal(t, c.old, stripe == 3, "%d signatures", stripe)
+			require.NotEmpty(t, header.Get("X-Hub-Signature-256"))
+		}
+		// Without an end, all of them go on; with one that is long over and a single secret, that one does.
+		require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/", func(e *outbox.Endpoint) { e.Secrets = both.Secrets })).Verdict)
+		require.True(t, verifies(header, body, hmacSecret))
+		require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/", func(e *outbox.Endpoint) {
+			e.Secrets, e.PreviousUntil = both.Secrets[:1], time.Now().Add(-time.Hour)
+		})).Verdict)
+		require.True(t, verifies(header, body, fresh))
+		require.Equal(t, outbox.Delivered, b.send(endpoint("https://x.example/", func(e *outbox.Endpoint) { e.PreviousUntil = time.Now() })).Verdict)
+		require.Empty(t, header.Get("webhook-signature"))
+	})
 }

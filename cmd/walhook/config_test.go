@@ -328,6 +328,13 @@ endpoints:
     headers:
       X-Key: "@@@@"
   - {url: "https://@@@@:@@@@@h/", secrets: [whsec_@@@@, @@@@]}
+  - url: https://i
+    auth: {basic: {username: me, password: @@@@}, bearer: @@@@, mtls: {cert: @@@@, key: @@@@}}
+    proxy: http://me:@@@@@proxy:3128
+  - url: https://j
+    auth:
+      oauth2: {token_url: "https://idp/?@@@@", client_id: me, client_secret: "@@@@"}
+    tls: {ca: @@@@}
 server: {listen: ":8080", token: @@@@}
 `, "@@@@", k)
 	leaks := func(src string) {
@@ -358,12 +365,30 @@ func TestAConfigPrintsWithoutItsSecrets(t *testing.T) {
 	c := mustLoad(t, `
 database: {url: "postgres://app:KKKK@db/shop"}
 outbox: [{table: o}]
-endpoints: [{url: "https://h", secrets: [whsec_KKKK]}]
+defaults: {headers: {X-Key: KKKK}, proxy: "http://me:KKKK@proxy"}
+endpoints:
+  - {url: "https://h/KKKK?KKKK", secrets: [whsec_KKKK], headers: {Authorization: KKKK}}
+  - {id: b, url: "https://h", auth: {basic: {username: me, password: KKKK}}}
+  - {id: c, url: "https://h", auth: {bearer: KKKK}}
+  - {id: d, url: "https://h", auth: {oauth2: {token_url: "https://idp/?KKKK", client_id: me, client_secret: KKKK}}}
 server: {token: KKKK}
 `, noEnv)
-	for _, verb := range []string{"%v", "%+v", "%#v"} {
-		require.NotContains(t, fmt.Sprintf(verb, *c), "KKKK")
-		require.NotContains(t, fmt.Sprintf(verb, *c.Endpoints[0]), "KKKK")
+	things := []any{*c, c, c.Database, c.Server, c.Defaults, c.Endpoints, c.Database.URL, &c.Database.URL}
+	for _, e := range c.Endpoints {
+		things = append(things, *e, e, e.Auth, e.Secrets, e.Proxy)
+		if e.Auth.Basic != nil {
+			things = append(things, *e.Auth.Basic)
+		}
+		if e.Auth.OAuth2 != nil {
+			things = append(things, *e.Auth.OAuth2)
+		}
+	}
+	for _, thing := range things {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X"} {
+			if s := fmt.Sprintf(verb, thing); strings.Contains(s, "KKKK") || strings.Contains(strings.ToLower(s), "4b4b4b4b") {
+				t.Errorf("%s of a %T: %s", verb, thing, s)
+			}
+		}
 	}
 }
 

@@ -24,9 +24,17 @@ func environmentProxy(env func(string) (string, bool)) func(*url.URL) (*url.URL,
 		}
 		return ""
 	}
+	// What it cannot parse, the library takes for no proxy at all.
+	proxy := func(s string) string {
+		_, as := url.Parse(s)
+		if _, within := url.Parse("http://" + s); s != "" && as != nil && within != nil {
+			return "invalid://proxy"
+		}
+		return s
+	}
 	return (&httpproxy.Config{
-		HTTPSProxy: first("HTTPS_PROXY", "https_proxy"),
-		HTTPProxy:  first("HTTP_PROXY", "http_proxy"),
+		HTTPSProxy: proxy(first("HTTPS_PROXY", "https_proxy")),
+		HTTPProxy:  proxy(first("HTTP_PROXY", "http_proxy")),
 		NoProxy:    first("NO_PROXY", "no_proxy"),
 	}).ProxyFunc()
 }

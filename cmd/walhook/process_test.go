@@ -468,6 +468,53 @@ func TestARotatedPasswordIsTakenUpWhileRunning(t *testing.T) {
 	p.stop()
 }
 
+// A secret in a mounted volume is changed while events flow: each is signed by the old one or the new
+// one, none is lost, and what is half written in between changes nothing.
+func TestARotatedSecretIsTakenUpWhileRunning(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	const fresh = "whsec_dGhlIG5ldyBvbmUsIG9mIHRoaXJ0eS10d28gYnl0ZXM="
+	at := func(name string) string { return filepath.Join(b.dir, name) }
+	mount := func(folder, secret string) {
+		require.NoError(t, os.Mkdir(at(folder), 0o700))
+		require.NoError(t, os.WriteFile(at(folder+"/secret"), []byte(secret), 0o600))
+		require.NoError(t, os.Symlink(folder, at("..new")))
+		require.NoError(t, os.Rename(at("..new"), at("..data")))
+	}
+	mount("..1", testSecret+"\n")
+	require.NoError(t, os.Symlink("..data/secret", at("secret")))
+	rx, err := sendertest.Open(sendertest.Config{Secrets: []string{testSecret}})
+	require.NoError(t, err)
+	t.Cleanup(rx.Close)
+	p := start(t, b.config(fmt.Sprintf("{id: billing, url: %q, secrets: [\"${file:%s}\"]}", rx.URL(), at("secret")))).streaming()
+	b.produce(1, 20, 3)
+	requireAll(t, rx, 20)
+
+	mount("..2", "whsec_half wri")
+	p.log.line(t, "the configuration is broken, the old one stays in force", "endpoints[0].secrets[0]")
+	b.produce(1, 20, 3)
+	requireAll(t, rx, 40)
+	for _, r := range rx.Requests() {
+		require.NoError(t, r.Invalid)
+	}
+
+	mount("..3", fresh+"\n")
+	p.log.line(t, "configuration reloaded")
+	b.produce(1, 20, 3)
+	requireAll(t, rx, 60)
+	for _, r := range rx.Requests()[40:] {
+		require.Error(t, r.Invalid, "signed by the old one")
+	}
+	require.Zero(t, repeats(rx))
+	log := p.log.String()
+	require.Equal(t, 1, strings.Count(log, "the configuration is broken"), "said once")
+	require.NotContains(t, log, "wait for a restart")
+	for _, secret := range []string{"half wri", fresh[6:], testSecret[6:]} {
+		require.NotContains(t, log, secret)
+	}
+	p.stop()
+}
+
 // Of several hosts the primary is taken, wherever it stands in the URL, by the stream too.
 func TestOfSeveralHostsThePrimaryIsTaken(t *testing.T) {
 	t.Parallel()
