@@ -192,7 +192,7 @@ func TestARefreshThatFailsCostsNothingWhileTheOldTokenServes(t *testing.T) {
 			return works(n, r, f)
 		}
 		b := setup(t, net)
-		e := endpoint("https://x.example/", byOAuth2)
+		e := endpoint("https://x.example/", byOAuth2, timeout(6*time.Second)) // less than a fetch may take
 		require.Equal(t, outbox.Delivered, b.send(e).Verdict)
 		pass(545 * time.Second)
 		for _, down = range []int{503, 1000} {

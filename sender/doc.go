@@ -1,7 +1,7 @@
 // Package sender makes one attempt: it posts one event to one endpoint and says what came of it.
 //
-// It owns the request's bytes, the signatures, the connection, the endpoint's circuit, the guard
-// that judges the address dialled, and the one function that judges an answer (judge, in
+// It owns the request's bytes, the signatures, the access tokens, the connection, the endpoint's
+// circuit, the guard that judges the address dialled, and the one function that judges an answer (judge, in
 // outcome.go). It knows net/http and gobreaker; nothing else in the house does.
 //
 // What it promises:
@@ -17,18 +17,21 @@
 //   - What this host lacks (descriptors, ports, memory) spends no attempt and counts against no
 //     circuit: the delivery is held for a moment. Attempts of all endpoints together are bounded
 //     below the limit of open files, and none that hangs can have all of them (room.go).
+//   - Behind a proxy the guard judges what it judges without one: the proxy is asked for the address.
+//   - One request for an access token is under way at a time, made by an attempt and within its
+//     time; one that fails is a failure of that endpoint, and of no other.
 //   - No outcome, log line, metric or error holds a URL, a query or a secret.
 //
 // What it never does: wait for anything but the network and (up to roomWait) a place in it,
 // retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each idle connection,
-// for at most idleConnTimeout), use a proxy from the environment, or read an event's data.
+// for at most idleConnTimeout), read a file, use a proxy that the endpoint does not name, or read an event's data.
 //
 // # Life of an endpoint
 //
 // Endpoints are immutable, and a reload brings a new *outbox.Endpoint with the same id. What
 // was made of its settings (keys, headers, URL, transport) is a target, cached by the pointer
-// and renewed with it. What was learned of it (its circuit and its counters) is kept by id and
-// survives, until Forget.
+// and renewed with it. What was learned of it (its circuit and its counters, and its access token
+// where that is still asked for in the same way) is kept by id and survives, until Forget.
 //
 // # Circuit
 //

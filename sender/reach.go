@@ -29,7 +29,11 @@ func Reach(ctx context.Context, e *outbox.Endpoint) (Reached, error) {
 	if port == "" {
 		port = map[string]string{"http": "80", "https": "443"}[t.base.URL.Scheme]
 	}
-	conn, err := t.way.dial(ctx, "tcp", net.JoinHostPort(host, port))
+	to := net.JoinHostPort(host, port)
+	if t.way.forwards() && t.base.URL.Scheme == "http" {
+		to = t.way.proxy.address // which gets the requests themselves
+	}
+	conn, err := t.way.dial(ctx, "tcp", to)
 	if err != nil {
 		return Reached{}, unreached(ctx, err, e)
 	}

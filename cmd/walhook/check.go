@@ -425,6 +425,12 @@ func checkEndpoint(ctx context.Context, i int, e *outbox.Endpoint) []result {
 		results = append(results, one(broken, host+": "+err.Error(), reachRemedy(err, key)))
 	} else {
 		text := host + " answers at " + reached.Address
+		switch {
+		case reached.Proxy && reached.TLS:
+			text = host + " answers through the proxy at " + reached.Address
+		case reached.Proxy:
+			text = host + " is behind the proxy at " + reached.Address + ", which answers"
+		}
 		if reached.TLS {
 			text += ", certificate until " + reached.CertExpires.UTC().Format(time.DateOnly)
 		}
@@ -433,7 +439,7 @@ func checkEndpoint(ctx context.Context, i int, e *outbox.Endpoint) []result {
 			results = append(results, one(warning, "its certificate expires on "+reached.CertExpires.UTC().Format(time.DateTime), "have the receiver renew it; deliveries fail from then on"))
 		}
 	}
-	if scheme == "http" && !loopback(host, reached.Address) {
+	if scheme == "http" && (reached.Proxy || !loopback(host, reached.Address)) {
 		results = append(results, one(warning, "its URL is plain http", "whoever is in between reads and alters events: use https in "+key+".url"))
 	}
 	if e.SignsBy(outbox.SchemeStandard) && len(e.Secrets) == 0 {
