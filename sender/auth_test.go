@@ -110,7 +110,7 @@ func (i *idp) RoundTrip(r *http.Request) (*http.Response, error) {
 	if status == 0 {
 		return hang(r)
 	}
-	res, _ := answer(status)
+	res, _ := answer(status, "Retry-After", "7")
 	res.Body = io.NopCloser(strings.NewReader(text))
 	return res, nil
 }
@@ -256,8 +256,12 @@ func TestEachWayToGetNoTokenIsAFailureOfTheEndpoint(t *testing.T) {
 				}}
 				b := setup(t, net)
 				e := endpoint("https://x.example/", byOAuth2, func(e *outbox.Endpoint) { e.Breaker.ConsecutiveFailures = 3 })
+				want := outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonAuth, Detail: "no access token: " + c.want, RetryAfter: 7 * time.Second}
+				if c.status == 0 {
+					want.RetryAfter = 0
+				}
 				for range 3 {
-					require.Equal(t, outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonAuth, Detail: "no access token: " + c.want}, b.send(e))
+					require.Equal(t, want, b.send(e))
 				}
 				require.Equal(t, outbox.Held, b.send(e).Verdict, "it counts")
 				require.Empty(t, net.got, "nothing goes out without a token")

@@ -144,6 +144,7 @@ func TestAProxyIsAskedForAJudgedAddressAndForAName(t *testing.T) {
 		"the operator's, by plain http":      {"http://hooks.example:8080/x", nil, nil, "POST http://hooks.example:8080/x"},
 		"the operator's, judged":             {"https://hooks.example/", []func(*outbox.Endpoint){deny("10.0.0.0/8")}, []string{"1.1.1.1"}, "CONNECT 1.1.1.1:443"},
 		"the operator's, denied":             {"https://hooks.example/", []func(*outbox.Endpoint){deny("10.0.0.0/8")}, []string{"10.1.1.1"}, ""},
+		"the operator's, one denied":         {"https://hooks.example/", []func(*outbox.Endpoint){deny("10.0.0.0/8")}, []string{"10.1.1.1", "172.16.0.1"}, "CONNECT 172.16.0.1:443"},
 		"the operator's, denied, plain":      {"http://hooks.example/", []func(*outbox.Endpoint){deny("10.0.0.0/8")}, []string{"10.1.1.1"}, ""},
 		"other people's":                     {"https://hooks.example/", []func(*outbox.Endpoint){theirs}, []string{"1.1.1.1"}, "CONNECT 1.1.1.1:443"},
 		"other people's, IPv6":               {"https://hooks.example/", []func(*outbox.Endpoint){theirs}, []string{"2606:4700:4700::1111"}, "CONNECT [2606:4700:4700::1111]:443"},

@@ -268,6 +268,8 @@ func parseHeaders(given map[string]string, taken []string) (http.Header, []error
 		switch {
 		case !validHeaderName(name):
 			why = "is not a valid header name"
+		case lower == "authorization" && slices.Contains(taken, lower):
+			why = "is set by auth; give one of them"
 		case reservedHeader(lower), slices.Contains(taken, lower):
 			why = "is set by walhook and cannot be given"
 		case seen[lower] != "":

@@ -175,7 +175,7 @@ func TestValidateNamesEachMistakeByItsKeyAndShowsNoSecret(t *testing.T) {
 		"bearer":                {auth(outbox.Auth{Bearer: "abc.def~+/=="}), ""},
 		"bearer, CR LF":         {auth(outbox.Auth{Bearer: "TOPSECRET\r\nX-Evil: 1"}), "auth.bearer: holds a space, a line break or another character that a token cannot have"},
 		"basic and bearer":      {auth(outbox.Auth{Basic: &outbox.Basic{Username: "TOPSECRET"}, Bearer: "TOPSECRET"}), "auth: has both basic and bearer; they share a header, so it is one of basic, bearer, oauth2"},
-		"auth and its header":   {func(e *outbox.Endpoint) { auth(outbox.Auth{Bearer: "x"})(e); header("authorization", "TOPSECRET")(e) }, "headers.authorization: is set by walhook and cannot be given"},
+		"auth and its header":   {func(e *outbox.Endpoint) { auth(outbox.Auth{Bearer: "x"})(e); header("authorization", "TOPSECRET")(e) }, "headers.authorization: is set by auth; give one of them"},
 		"auth and signing": {func(e *outbox.Endpoint) {
 			own(func(s *outbox.Signing) { s.Header = "Authorization" })(e)
 			e.Auth.Bearer = "TOPSECRET"

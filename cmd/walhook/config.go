@@ -754,7 +754,7 @@ func (l *loader) prefixes(dst *[]netip.Prefix) func(value) {
 		if !ok {
 			return
 		}
-		*dst = nil
+		*dst = []netip.Prefix{} // none is said, and not nothing: see narrow
 		for _, item := range items {
 			s, ok := l.scalar(item, public)
 			if !ok {
