@@ -37,6 +37,7 @@ var knownAlone = map[string][]string{
 	"github.com/standard-webhooks":    {"sender/sendertest"},
 	"pgregory.net/rapid":              {"outbox/outboxtest"},
 	"code.dny.dev/ssrf":               {"sender"},
+	"golang.org/x/net":                {"cmd/walhook"}, // the rules of NO_PROXY
 	"github.com/Shopify/toxiproxy":    nil,
 	"github.com/prometheus/client_go": {"outbox", "sender", "cmd/walhook"},
 }
