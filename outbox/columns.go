@@ -1376,8 +1376,8 @@ func ruleValue(v []byte, oid uint32) (any, error) {
 		if i, err := strconv.ParseInt(text, 10, 64); err == nil {
 			return i, nil
 		}
-		if f, err := strconv.ParseFloat(text, 64); err == nil && len(strings.Trim(text, "-.0")) <= 16 { // 15 digits and a point
-			return f, nil
+		if f, err := strconv.ParseFloat(text, 64); err == nil && f-f == 0 && len(strings.Trim(text, "-.0")) <= 16 { // 15 digits and a point
+			return rule.ParseNumber(text), nil // 1.10 is computed with as 1.1, and handed on as 1.10
 		}
 	case oidJSON, oidJSONB:
 		return rule.ParseJSON(v)

@@ -1,7 +1,6 @@
 package rule
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,7 +10,6 @@ import (
 	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/operators"
 	"cel.dev/cel-go/common/types"
-	"cel.dev/cel-go/interpreter"
 )
 
 // rowVar is the one variable of a Column: the row, a map from column name to value.
@@ -46,7 +44,7 @@ func CompileColumn(source string) (*Column, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set up the expression language: %w", err)
 	}
-	p, err := compile(env, source)
+	p, err := compile(env, source, maxCost)
 	if err != nil {
 		return nil, err
 	}
@@ -62,18 +60,14 @@ func (c *Column) Source() string { return c.source }
 // Reads says which columns Text needs to find in the row.
 func (c *Column) Reads() Reads { return c.reads }
 
-// Text evaluates the expression. Its result is text as it is; a number or bool as JSON writes
-// it; a time as RFC 3339 in UTC; a duration as CEL's string(); a list or map as JSON with the keys of maps
+// Text evaluates the expression. Its result is text as it is; a number as the row has it, or, where one was computed, as JSON
+// writes it; a bool as JSON; a time as RFC 3339 in UTC; a duration as CEL's string(); a list or map as JSON with the keys of maps
 // sorted; bytes as the text they are in UTF-8. null tells that the result was null, or an optional without a value.
 //
 // The text may share memory with strings of the row. An error says nothing about the next row.
 func (c *Column) Text(row map[string]any) (text string, null bool, err error) {
-	v, _, err := c.run.Eval(rowActivation(row))
+	v, err := c.eval(rowActivation(row))
 	if err != nil {
-		var cut interpreter.EvalCancelledError
-		if errors.As(err, &cut) && cut.Cause == interpreter.CostLimitExceeded {
-			return "", false, ErrTooExpensive
-		}
 		return "", false, err
 	}
 	return textOf(v)

@@ -1,6 +1,7 @@
 package rule
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -121,6 +122,9 @@ func TestCostIsBounded(t *testing.T) {
 			doubled = fmt.Sprintf("cel.bind(x%d, x%d + x%d, %s)", i, i-1, i-1, doubled)
 		}
 		c, err = CompileColumn("cel.bind(x0, " + seed + ", " + doubled + ")")
+		if errors.Is(err, ErrTooExpensive) {
+			continue // better still
+		}
 		require.NoError(t, err)
 		start = time.Now()
 		_, _, err = c.Text(map[string]any{"s": strings.Repeat("x", 1000), "l": list})
@@ -131,7 +135,7 @@ func TestCostIsBounded(t *testing.T) {
 	c, err = CompileColumn(`row.l.map(x, row.s)`) // cheap to build, 12 GB of text
 	require.NoError(t, err)
 	_, _, err = c.Text(map[string]any{"l": list, "s": strings.Repeat("x", 4<<20)})
-	require.ErrorIs(t, err, errTooLong)
+	require.ErrorIs(t, err, ErrTooLong)
 }
 
 func TestReadsAreKnownAtLoad(t *testing.T) {
@@ -162,13 +166,13 @@ func TestReadsAreKnownAtLoad(t *testing.T) {
 }
 
 func TestParseJSON(t *testing.T) {
-	for _, bad := range []string{``, `{`, `1 2`, `1e400`, strings.Repeat("[", 20000)} {
+	for _, bad := range []string{``, `{`, `1 2`, strings.Repeat("[", 20000)} {
 		_, err := ParseJSON([]byte(bad))
 		require.Error(t, err)
 	}
-	v, err := ParseJSON([]byte(` [1, -0, 1.0, 123456789012345678901234567890] `))
+	v, err := ParseJSON([]byte(` [1, -0, 1.0, 1.5, 123456789012345678901234567890, 1e400] `))
 	require.NoError(t, err)
-	require.Equal(t, []any{int64(1), int64(0), 1.0, 123456789012345678901234567890.0}, v)
+	require.Equal(t, []any{int64(1), Number("-0"), Number("1.0"), 1.5, Number("123456789012345678901234567890"), Number("1e400")}, v)
 }
 
 func FuzzCompileColumn(f *testing.F) {

@@ -12,8 +12,10 @@
 // brings Go values (string, int64, uint64, float64, bool, nil, time.Time, []byte, and what
 // ParseJSON returns) and takes text.
 //
+// Numbers beyond what Go can hold, and decimals, keep the text they were read from (Number) until a
+// function computes with them; guard.go stands between the two, and makes a rule pay for what a
+// function walks through before it does.
+//
 // A rule's kind is what it reads and what it gives. Column reads one variable, row, and gives
-// text. A filter (id, type, key, tenant, time, headers, data; gives bool) and a transform differ
-// in their variables and result alone: each is an environment beside columnEnv and a type
-// around program.
+// text. Filter, Body, Form, Headers and Target read an Event.
 package rule

@@ -3,16 +3,21 @@ package rule
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/ast"
+	"cel.dev/cel-go/common/cost"
 	"cel.dev/cel-go/common/operators"
 	"cel.dev/cel-go/common/overloads"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/common/types/traits"
 	"cel.dev/cel-go/ext"
+	"cel.dev/cel-go/interpreter"
 )
 
 const (
@@ -22,9 +27,14 @@ const (
 	// ten characters looked at. The expressions of a real configuration cost less than 1,000; this
 	// is some tens of milliseconds, and lets a rule look once through ten megabytes.
 	maxCost = 1_000_000
+	// maxFilterCost is what a filter may cost: filters run where rows come in, before all endpoints.
+	maxFilterCost = 200_000
 	// maxText is how long a result may be. A cost limit does not bound it: a list of a million
 	// times the same megabyte costs little to build.
 	maxText = 64 << 20
+	// maxEstimated is how many loops and binds an expression may have for its cost to be estimated
+	// when it is loaded: the estimate looks at each use of each again, twice as long with each one more.
+	maxEstimated = 8
 	// maxRegex bounds the program of a constant regular expression.
 	maxRegex = 1000
 )
@@ -32,12 +42,12 @@ const (
 // base is the language all kinds of rules share: CEL's standard library, optionals, and the
 // string, math, list and base64 functions. Numbers of different types compare, and times are UTC.
 var base = sync.OnceValues(func() (*cel.Env, error) {
-	return cel.NewEnv(
+	env, err := cel.NewEnv(
 		cel.OptionalTypes(),
 		ext.Strings(),
 		ext.Math(),
-		ext.Lists(),
-		ext.Encoders(),
+		ext.Lists(ext.ListsVersion(4), ext.ListsMaxRangeSize(maxList)),
+		ext.Encoders(ext.EncodersVersion(0)), // later ones read YAML, where a few lines may stand for gigabytes
 		ext.Bindings(),
 		cel.CrossTypeNumericComparisons(true),
 		cel.DefaultUTCTimeZone(true),
@@ -51,6 +61,10 @@ var base = sync.OnceValues(func() (*cel.Env, error) {
 			cel.ValidateDurationLiterals(),
 		),
 	)
+	if err != nil {
+		return nil, err
+	}
+	return env.Extend(slices.Concat(functions, guards)...)
 })
 
 // program is a compiled rule of any kind.
@@ -61,18 +75,93 @@ type program struct {
 	result *cel.Type
 }
 
-// compile parses, checks and plans an expression. Its error is cel-go's: a line for each
+// compile parses, checks and plans an expression that may cost so much. Its error is cel-go's: a line for each
 // mistake, with the place and a caret.
-func compile(env *cel.Env, source string) (program, error) {
+func compile(env *cel.Env, source string, limit uint64) (program, error) {
 	checked, issues := env.Compile(source)
 	if err := issues.Err(); err != nil {
 		return program{}, err
 	}
-	run, err := env.Program(checked, cel.CostLimit(maxCost), cel.CostTracking(sizeCost{}), cel.EvalOptions(cel.OptOptimize))
+	loops := ast.MatchDescendants(ast.NavigateAST(checked.NativeRep()), ast.KindMatcher(ast.ComprehensionKind))
+	if len(loops) <= maxEstimated {
+		if estimate, err := env.EstimateCost(checked, noEstimates{}); err == nil && estimate.Min > limit {
+			return program{}, fmt.Errorf("%w: at least %d, where %d is allowed", ErrTooExpensive, estimate.Min, limit)
+		}
+	}
+	optimizer, err := cel.NewStaticOptimizer(guarded{})
 	if err != nil {
-		return program{}, fmt.Errorf("plan %q: %w", source, err)
+		return program{}, fmt.Errorf("plan the expression: %w", err)
+	}
+	safe, issues := optimizer.Optimize(env, checked)
+	if err := issues.Err(); err != nil {
+		return program{}, fmt.Errorf("plan the expression: %w", err)
+	}
+	run, err := env.Program(safe, cel.CostLimit(limit), cel.CostTracking(sizeCost{}), cel.EvalOptions(cel.OptOptimize))
+	if err != nil {
+		return program{}, fmt.Errorf("plan the expression: %w", err)
 	}
 	return program{source: source, run: run, ast: checked.NativeRep(), result: checked.OutputType()}, nil
+}
+
+// noEstimates leaves the sizes of what a rule reads unknown.
+type noEstimates struct{}
+
+func (noEstimates) EstimateSize(cost.AstNode) *cost.SizeEstimate { return nil }
+
+func (noEstimates) EstimateCallCost(string, string, *cost.AstNode, []cost.AstNode) *cost.CallEstimate {
+	return nil
+}
+
+// eval runs the program. Its error is for people, short, and shows none of the texts that the expression holds,
+// which may be credentials.
+func (p *program) eval(vars cel.Activation) (ref.Val, error) {
+	v, _, err := p.run.Eval(vars)
+	if err == nil {
+		return v, nil
+	}
+	var cut interpreter.EvalCancelledError
+	if errors.As(err, &cut) && cut.Cause == interpreter.CostLimitExceeded {
+		return nil, ErrTooExpensive
+	}
+	return nil, p.shown(err)
+}
+
+// shown is an error as it may be shown: clipped, and without the texts that stand in the
+// expression. The names of members are no such texts.
+func (p *program) shown(err error) error {
+	text := err.Error()
+	for _, e := range ast.MatchDescendants(ast.NavigateAST(p.ast), ast.KindMatcher(ast.LiteralKind)) {
+		literal, ok := e.AsLiteral().(types.String)
+		if !ok || len(literal) < 4 || isName(e) {
+			continue
+		}
+		text = strings.ReplaceAll(text, string(literal), "…")
+		quoted := strconv.Quote(string(literal))
+		text = strings.ReplaceAll(text, quoted[1:len(quoted)-1], "…")
+	}
+	if len(text) > maxErrorText {
+		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
+	}
+	if text == err.Error() {
+		return err
+	}
+	return errors.New(text)
+}
+
+// maxErrorText is how long an error of an evaluation may be: it may quote the payload.
+const maxErrorText = 300
+
+// isName tells whether a text names a member of a map: row["id"], "id" in row.
+func isName(e ast.NavigableExpr) bool {
+	parent, ok := e.Parent()
+	if !ok || parent.Kind() != ast.CallKind {
+		return false
+	}
+	switch parent.AsCall().FunctionName() {
+	case operators.Index, operators.OptIndex, operators.OptSelect, operators.In:
+		return true
+	}
+	return false
 }
 
 // sizeCost charges for the length of what calls read and make where cel-go charges one. Seen without it:
@@ -83,7 +172,18 @@ type sizeCost struct{}
 
 // CallCost is asked after each call; nil leaves the price to cel-go.
 func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *uint64 {
-	if overload != "" && overload != overloads.AddList {
+	switch function {
+	case asNumber:
+		return new(uint64)
+	case weighed, inside:
+		return price(args[0])
+	case elements:
+		if _, ok := args[0].(traits.Mapper); ok {
+			return new(uint64)
+		}
+		return price(args[0])
+	}
+	if overload != "" && overload != overloads.AddList && !slices.Contains(unpriced, overload) {
 		return nil
 	}
 	var text, elements uint64
@@ -105,6 +205,9 @@ func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *
 	price := 1 + text/10 + elements
 	return &price
 }
+
+// unpriced are overloads that cel-go has no price for.
+var unpriced = []string{"walhook_url_encode", "walhook_json_encode"}
 
 // ErrTooExpensive tells that an evaluation was ended because it cost more than a rule may.
 var ErrTooExpensive = errors.New("the expression costs too much to evaluate")
