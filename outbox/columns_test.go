@@ -621,7 +621,7 @@ func TestExpressionsAndConstants(t *testing.T) {
 	require.Equal(t, "acme", e.Tenant)
 	require.Equal(t, `{"raw":"hi","x-ok":true}`, string(e.Headers))
 	require.Equal(t, "2026-02-03T04:05:06.789Z", e.Time.Format(time.RFC3339Nano))
-	require.Equal(t, `{"at":"2026-02-03T04:05:06.789Z","f":1.5,"long":"123456789012345678901234567890","missing":0,"n":10.5,"year":2026}`, string(e.Data))
+	require.Equal(t, `{"at":"2026-02-03T04:05:06.789Z","f":1.5,"long":"123456789012345678901234567890","missing":0,"n":10.50,"year":2026}`, string(e.Data))
 	require.True(t, e.JSON)
 
 	whole := mapOne(t, Source{Table: "outbox", Data: Column{Expr: `row`}, Type: Column{Value: "order.created"}}, rel, values...)

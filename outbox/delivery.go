@@ -79,8 +79,10 @@ const (
 	ReasonMaxAge         Reason = "max_age"
 	ReasonTooLarge       Reason = "too_large"
 	ReasonNotJSON        Reason = "not_json"
-	ReasonBadRequest     Reason = "bad_request" // no valid request can be made of this event
-	ReasonUnmappable     Reason = "unmappable"  // the row cannot be understood
+	ReasonBadRequest     Reason = "bad_request"      // no valid request can be made of this event
+	ReasonFilter         Reason = "filter_failed"    // the endpoint's filter gave an error
+	ReasonTransform      Reason = "transform_failed" // a rule of the endpoint's transform did
+	ReasonUnmappable     Reason = "unmappable"       // the row cannot be understood
 	ReasonRemoved        Reason = "endpoint_removed"
 )
 

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/walhook/walhook/outbox/rule"
 )
 
 // Secret is a signing key or a credential. It prints as [redacted] wherever it is printed
@@ -107,8 +109,9 @@ type Endpoint struct {
 	Status Status
 	URL    string
 
-	Tenant string   // exactly this tenant; "*" all; empty only events without one
-	Events []string // globs on the type
+	Tenant string       // exactly this tenant; "*" all; empty only events without one
+	Events []string     // globs on the type
+	Filter *rule.Filter // of those, the events it wants; nil all
 
 	Secrets []Secret  // newest first; all sign where the scheme's header holds several signatures, else the newest
 	Signing []Signing // one or more; every request carries the signatures of all
@@ -117,6 +120,8 @@ type Endpoint struct {
 	Auth    Auth
 
 	PreviousUntil time.Time // from then on the newest secret alone signs; zero: all of them do
+
+	Transform Transform
 
 	Ordering    Ordering
 	Timeout     time.Duration // of one attempt, from dial to the answer's status line
@@ -168,6 +173,42 @@ type OAuth2 struct {
 type KeyPair struct {
 	Cert string
 	Key  Secret
+}
+
+// Transform makes of an event what its endpoint understands. What is nil, or empty, is as the
+// endpoint's format has it.
+type Transform struct {
+	Body    *rule.Body // the whole body, in whatever format; one of Body and Form at most
+	Form    *rule.Form
+	Headers *rule.Headers // beside the endpoint's own, or in their place
+	Method  string        // POST, PUT, PATCH or DELETE; empty is POST
+	URL     *rule.Target  // in the place of the URL's path and query
+}
+
+// rules tells whether there is a transform at all, and whether it may look into the event's JSON.
+func (t *Transform) rules() (any, parses bool) {
+	if t.Body != nil {
+		any, parses = true, parses || t.Body.Parses()
+	}
+	if t.Form != nil {
+		any, parses = true, parses || t.Form.Parses()
+	}
+	if t.Headers != nil {
+		any, parses = true, parses || t.Headers.Parses()
+	}
+	if t.URL != nil {
+		any, parses = true, parses || t.URL.Parses()
+	}
+	return any, parses
+}
+
+// rules tells whether the endpoint has rules, and whether they may look into an event's JSON.
+func (ep *Endpoint) rules() (any, parses bool) {
+	any, parses = ep.Transform.rules()
+	if ep.Filter != nil {
+		any, parses = true, parses || ep.Filter.Parses()
+	}
+	return any, parses
 }
 
 // RetryPolicy says when a failed delivery is tried again and when it is given up.

@@ -64,14 +64,22 @@ func (f *fill) Row(ctx context.Context, row *cdc.Row) error {
 		r.mu.Lock()
 		to := r.registry.Match(ev.Tenant, ev.Type)
 		r.mu.Unlock()
-		if len(to) == 0 {
+		before := len(f.changes)
+		for _, ep := range to {
+			c := Change{EndpointID: ep.ID, Event: ev, OrderKey: ep.orderKey(ev), Insert: true, State: StateParked, Reason: ReasonSnapshot}
+			switch wants, err := wants(ev, ep); {
+			case err != nil:
+				c.State, c.Reason, c.Detail = StateDead, ReasonFilter, filterDetail(err)
+			case !wants:
+				continue
+			}
+			f.put(c)
+		}
+		if len(f.changes) == before {
 			r.metrics.unmatched.Inc()
 			return nil
 		}
 		r.metrics.routed.Inc()
-		for _, ep := range to {
-			f.put(Change{EndpointID: ep.ID, Event: ev, OrderKey: ep.orderKey(ev), Insert: true, State: StateParked, Reason: ReasonSnapshot})
-		}
 	}
 	f.bytes += ev.Size()
 	if len(f.changes) < journalBatch && f.bytes < journalBatchBytes {

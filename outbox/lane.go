@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -101,6 +102,7 @@ type Lane struct {
 	id    string
 	log   *zap.Logger
 	m     *laneMetrics
+	now   atomic.Pointer[Endpoint] // ep, for who asks without the lock
 
 	workers sync.WaitGroup // attempts and loads
 
@@ -170,6 +172,7 @@ func newLane(r *Relay, ep *Endpoint) *Lane {
 		queues: map[string]*queue{},
 		held:   map[cdc.Position]*item{},
 	}
+	l.now.Store(ep)
 	if ep.Status != Enabled {
 		l.state, l.why = parking, ReasonPaused
 	}
@@ -810,6 +813,7 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 	defer l.mu.Unlock()
 	old := l.ep
 	l.ep = ep
+	l.now.Store(ep)
 	if l.limit > ep.Concurrency || l.limit >= old.Concurrency {
 		l.limit = ep.Concurrency
 	}
@@ -1245,6 +1249,7 @@ func (l *Lane) take(row Stored) bool {
 	if l.held[row.Event.Position] != nil || l.beyond(row) {
 		return false
 	}
+	row.Event.prepare(l.ep)
 	it := &item{event: row.Event, key: row.OrderKey, attempts: row.Attempts, stored: true, read: true, arrived: time.Now()}
 	l.held[row.Event.Position] = it
 	l.loaded++

@@ -917,17 +917,20 @@ func (r *Relay) Row(row *cdc.Row) error {
 		r.ledger.Open(row.Position, 0, now)
 		return nil
 	}
-	lanes := r.lanesFor(ev)
-	if len(lanes) == 0 {
+	lanes, refused := sift(ev, r.lanesFor(ev))
+	if len(lanes)+len(refused) == 0 {
 		r.metrics.unmatched.Inc()
 		r.ledger.Open(ev.Position, 0, now)
 		return nil
 	}
 	r.metrics.routed.Inc()
 	r.ledger.Hold(ev)
-	sp := r.ledger.Open(ev.Position, len(lanes), now)
+	sp := r.ledger.Open(ev.Position, len(lanes)+len(refused), now)
 	for _, l := range lanes {
 		l.add(ev, sp, now)
+	}
+	for _, f := range refused {
+		f.lane.refuse(ev, sp, now, f.why)
 	}
 	return nil
 }

@@ -24,7 +24,8 @@
 //
 // What it never does: wait for anything but the network and (up to roomWait) a place in it,
 // retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each idle connection,
-// for at most idleConnTimeout), read a file, use a proxy that the endpoint does not name, or read an event's data.
+// for at most idleConnTimeout), read a file, use a proxy that the endpoint does not name, or read an event's data
+// but by the rules of its endpoint's transform.
 //
 // # Life of an endpoint
 //

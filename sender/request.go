@@ -134,9 +134,15 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 	if long != "" {
 		return nil, &unsendable{outbox.ReasonBadRequest, fmt.Sprintf("the header %s would be larger than %d bytes", long, maxHeaderValue)}
 	}
+	if bad := t.transformHeaders(header, a.Event); bad != nil {
+		return nil, bad
+	}
 
 	req := t.base.WithContext(ctx)
 	req.Header = header
+	if bad := t.transformURL(req, a.Event); bad != nil {
+		return nil, bad
+	}
 	req.ContentLength = b.size()
 	req.GetBody = b.open // with Idempotency-Key in the header map: see target.header
 	if req.Body, _ = b.open(); req.ContentLength == 0 {
@@ -162,13 +168,15 @@ var (
 
 // render makes the body of an event in the endpoint's format, and its content type.
 func (t *target) render(e *outbox.Event) (b *body, contentType string, bad *unsendable) {
-	switch t.endpoint.Format {
-	case outbox.FormatRaw, outbox.FormatCloudEventsBinary:
+	switch transform, format := &t.endpoint.Transform, t.endpoint.Format; {
+	case transform.Body != nil || transform.Form != nil:
+		b, contentType, bad = t.transformBody(e)
+	case format == outbox.FormatRaw, format == outbox.FormatCloudEventsBinary:
 		b, contentType = &body{parts: [3][]byte{e.Data}}, dataType(e)
-	case outbox.FormatStandard:
+	case format == outbox.FormatStandard:
 		contentType = "application/json"
 		b, bad = standardBody(e)
-	case outbox.FormatCloudEvents:
+	case format == outbox.FormatCloudEvents:
 		contentType = typeCloudEvents
 		b, bad = t.structured(e)
 	default:

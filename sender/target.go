@@ -1,6 +1,7 @@
 package sender
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -51,6 +52,7 @@ type target struct {
 	newest     []signature // the same by the newest secret alone
 	nfeio      bool        // NFE.io's headers beside its signatures are sent too
 	source     string      // of events, as CloudEvents calls it
+	taken      []string    // headers, in lower case, that a transform may not set
 	headers    int         // at most so many have a value of their own in each request
 	tokens     *tokens     // that OAuth 2.0 gives; nil where it is not used
 	tls        *tls.Config
@@ -85,7 +87,7 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	} else {
 		t.way.guard.plain = to.Scheme == "http"
 		t.base = &http.Request{
-			Method: http.MethodPost, URL: to, Host: to.Host,
+			Method: cmp.Or(e.Transform.Method, http.MethodPost), URL: to, Host: to.Host,
 			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		}
 	}
@@ -99,6 +101,8 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	default:
 		errs = append(errs, fmt.Errorf("format: %q is not one of standard, raw, cloudevents, cloudevents-binary", e.Format))
 	}
+
+	errs = append(errs, checkTransform(&e.Transform)...)
 
 	var wrong []error
 	t.signatures, wrong = parseSigning(e)
@@ -120,7 +124,8 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	authorization, tokens, wrong := parseAuth(e)
 	errs = append(errs, wrong...)
 	t.tokens = tokens
-	t.header, wrong = parseHeaders(e.Headers, t.taken())
+	t.taken = t.takenHeaders()
+	t.header, wrong = parseHeaders(e.Headers, t.taken)
 	errs = append(errs, wrong...)
 	if authorization != "" {
 		t.header[headerAuthorization] = []string{authorization}
@@ -238,8 +243,8 @@ func reservedHeader(name string) bool {
 	return slices.Contains(reserved, name) || strings.HasPrefix(name, "content-") || strings.HasPrefix(name, "webhook-")
 }
 
-// taken are the headers, in lower case, that the endpoint's own settings have the sender set.
-func (t *target) taken() []string {
+// takenHeaders are those, in lower case, that the endpoint's own settings have the sender set.
+func (t *target) takenHeaders() []string {
 	var names []string
 	for _, s := range t.signatures {
 		names = append(names, strings.ToLower(s.header))
@@ -287,15 +292,20 @@ func parseHeaders(given map[string]string, taken []string) (http.Header, []error
 			continue
 		}
 		seen[lower] = name
-		switch lower { // sent as written, but for those that are looked for by name
-		case "user-agent", "idempotency-key":
-			name = http.CanonicalHeaderKey(name)
-		case headerTraceparent:
-			name = headerTraceparent
-		}
-		headers[name] = []string{value}
+		headers[spelled(name)] = []string{value}
 	}
 	return headers, errs
+}
+
+// spelled is a header's name as it is sent: as it was written, but for those that are looked for by name.
+func spelled(name string) string {
+	switch lower := strings.ToLower(name); lower {
+	case "user-agent", "idempotency-key":
+		return http.CanonicalHeaderKey(name)
+	case headerTraceparent:
+		return headerTraceparent
+	}
+	return name
 }
 
 // validHeaderName tells whether s is a token of RFC 9110.

@@ -18,6 +18,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 
 	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/outbox/rule"
 	"github.com/walhook/walhook/sender"
 )
 
@@ -427,11 +428,11 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 	return []field{
 		{"tenant", l.text(&e.Tenant)},
 		{"events", l.globs(&e.Events)},
-		{"filter", l.later("")},
+		{"filter", expression(l, &e.Filter, rule.CompileFilter, filterRule)},
 		{"secrets", l.secrets(&e.Secrets)},
 		{"signing", l.signing(&e.Signing)},
 		{"format", oneOf(l, &e.Format, outbox.FormatStandard, outbox.FormatRaw, outbox.FormatCloudEvents, outbox.FormatCloudEventsBinary)},
-		{"transform", l.later("")},
+		{"transform", l.transform(&e.Transform)},
 		{"auth", l.auth(e)},
 		{"headers", l.headers(&e.Headers)},
 		{"ordering", oneOf(l, &e.Ordering, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll)},
@@ -562,6 +563,56 @@ func (l *loader) pem(e *outbox.Endpoint, dst *string) func(value) {
 			}
 			*dst = string(content)
 		}
+	}
+}
+
+var (
+	filterRule    = `true or false in CEL over ` + strings.Join(rule.Variables, ", ") + `, as in "data.amount > 100"`
+	transformRule = "CEL over " + strings.Join(rule.Variables, ", ")
+)
+
+// expression reads an expression and compiles it; an empty one is none.
+func expression[T any](l *loader, dst **T, compile func(string) (*T, error), allowed string) func(value) {
+	return func(v value) {
+		s, ok := l.scalar(v, public)
+		if !ok {
+			return
+		}
+		if *dst = nil; strings.TrimSpace(s.text) == "" {
+			return
+		}
+		made, err := compile(s.text)
+		if err != nil {
+			l.uncompiled(v, err, allowed)
+			return
+		}
+		*dst = made
+	}
+}
+
+// transform reads the rules that make a request. A section that gives one of body and form has
+// done with the other of the defaults.
+func (l *loader) transform(t *outbox.Transform) func(value) {
+	return func(v value) {
+		given := *t
+		given.Body, given.Form = nil, nil
+		seen := l.section(v,
+			field{"body", expression(l, &given.Body, rule.CompileBody, transformRule+`, as in "{'event': type, 'payload': data}"`)},
+			field{"form", expression(l, &given.Form, rule.CompileForm, `a map in `+transformRule+`, as in "{'contact': {'email': data.email}}"`)},
+			field{"headers", expression(l, &given.Headers, rule.CompileHeaders, `a map of strings in `+transformRule+`, as in "{'X-Tenant': tenant}"`)},
+			field{"method", oneOf(l, &given.Method, "POST", "PUT", "PATCH", "DELETE")},
+			field{"url", expression(l, &given.URL, rule.CompileTarget, `a path in `+transformRule+`, as in "'/contacts/' + url.encode(data.id)"`)})
+		switch {
+		case given.Body != nil && given.Form != nil:
+			l.problem(v, "has both body and form", "one of them: a request has one body")
+		case !seen["body"] && !seen["form"]:
+			given.Body, given.Form = t.Body, t.Form
+		case !seen["body"] && given.Form == nil:
+			given.Body = t.Body
+		case !seen["form"] && given.Body == nil:
+			given.Form = t.Form
+		}
+		*t = given
 	}
 }
 

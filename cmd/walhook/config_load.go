@@ -293,18 +293,34 @@ func (l *loader) foreign(v value, err error) {
 		}
 		return
 	}
-	text := err.Error()
-	// The longest first: a URL goes before the token inside it.
-	slices.SortFunc(l.hidden, func(a, b string) int { return len(b) - len(a) })
-	for _, secret := range l.hidden {
-		text = strings.ReplaceAll(text, secret, "[redacted]")
-	}
+	text := l.redacted(err.Error())
 	text, _, _ = strings.Cut(text, "\n") // one line for each problem; CEL draws a picture below its own
 	if key, what, ok := strings.Cut(text, ": "); ok && keyPath.MatchString(key) {
 		l.problem(l.find(v, key), what, "")
 		return
 	}
 	l.problem(v, text, "")
+}
+
+// redacted is a text without the values that no message may contain.
+func (l *loader) redacted(text string) string {
+	// The longest first: a URL goes before the token inside it.
+	slices.SortFunc(l.hidden, func(a, b string) int { return len(b) - len(a) })
+	for _, secret := range l.hidden {
+		text = strings.ReplaceAll(text, secret, "[redacted]")
+	}
+	return text
+}
+
+// uncompiled notes what is wrong with the expression at v: the first mistake, with its line and
+// column in the expression. What else follows in CEL's message draws a picture of it.
+func (l *loader) uncompiled(v value, err error, allowed string) {
+	text, _, _ := strings.Cut(l.redacted(err.Error()), "\n")
+	text = strings.TrimSuffix(strings.TrimPrefix(text, "ERROR: "), " (in container '')")
+	if at, found := strings.CutPrefix(text, "<input>:"); found {
+		text = "is no valid CEL: " + at
+	}
+	l.problem(v, text, allowed)
 }
 
 var (

@@ -275,8 +275,8 @@ func TestAPathNamesNoHost(t *testing.T) {
 		"/a#b":                          "fragment",
 		"/ü":                            "0xc3",
 		"/a%2":                          "two hex digits",
-		"/a/../b":                       "segment . or ..",
-		"/a/%2E%2e":                     "segment . or ..",
+		"/a/../b":                       ". or .. as a segment",
+		"/a/%2E%2e":                     ". or .. as a segment",
 		"/" + strings.Repeat("a", 9000): "longer than 8192",
 	} {
 		_, err := path(`data.p`, `{"p":"`+bad+`"}`)

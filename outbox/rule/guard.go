@@ -52,7 +52,7 @@ func guardFunction(name string, binding func(ref.Val) ref.Val) cel.EnvOption {
 // handsOn are the functions that only choose among their arguments or wrap them; string writes a Number as it is.
 var handsOn = []string{
 	operators.Conditional, operators.LogicalAnd, operators.LogicalOr, operators.LogicalNot,
-	operators.NotStrictlyFalse, operators.OldNotStrictlyFalse, operators.OptSelect,
+	operators.NotStrictlyFalse, operators.OptSelect,
 	"optional.of", "optional.none", "or", "orValue", "value", "hasValue",
 	overloads.Size, overloads.TypeConvertDyn, overloads.TypeConvertString,
 	asNumber, weighed, inside, elements,
@@ -68,7 +68,7 @@ func guardFor(function string, arg int) string {
 		return asNumber
 	case operators.Add, overloads.TypeConvertType:
 		return asNumber
-	case operators.In, operators.OldIn:
+	case operators.In:
 		if arg == 1 {
 			return elements
 		}

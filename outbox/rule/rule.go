@@ -129,7 +129,12 @@ func (p *program) eval(vars cel.Activation) (ref.Val, error) {
 // shown is an error as it may be shown: clipped, and without the texts that stand in the
 // expression. The names of members are no such texts.
 func (p *program) shown(err error) error {
-	text := err.Error()
+	text := strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(err.Error(), "�"))
 	for _, e := range ast.MatchDescendants(ast.NavigateAST(p.ast), ast.KindMatcher(ast.LiteralKind)) {
 		literal, ok := e.AsLiteral().(types.String)
 		if !ok || len(literal) < 4 || isName(e) {

@@ -251,7 +251,7 @@ func checkPath(s string) error {
 	for segment := range strings.SplitSeq(path, "/") {
 		switch strings.ReplaceAll(strings.ToLower(segment), "%2e", ".") {
 		case ".", "..": // a receiver may go up by it, out of where the expression meant to be
-			return errors.New("the result has a segment . or ..")
+			return errors.New("the result has . or .. as a segment")
 		}
 	}
 	return nil
