@@ -3,6 +3,7 @@ package outbox_test
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -658,7 +659,13 @@ func (s *stream) hand(tx *transaction, pos cdc.Position) {
 				case outbox.OrderNone:
 					key = ""
 				}
-				w.owe(e.ID, row, tx, pos, key, s.life)
+				switch wants, err := filtered(e, row); {
+				case err != nil:
+					w.owe(e.ID, row, tx, pos, "", s.life) // its death is in no order
+					w.deliveries[deliveryID{e.ID, row.id}].mayDie = true
+				case wants:
+					w.owe(e.ID, row, tx, pos, key, s.life)
+				}
 			}
 		}
 	}
@@ -670,6 +677,14 @@ func (s *stream) hand(tx *transaction, pos cdc.Position) {
 	if err := s.relay.Row(&cdc.Row{Position: pos, CommitTime: tx.at, Relation: outboxRelation, Values: values}); err != nil {
 		w.set(func() { w.breakf("row %v: %v", pos, err) })
 	}
+}
+
+// filtered asks the endpoint's filter, if it has one.
+func filtered(e *outbox.Endpoint, row *outboxRow) (bool, error) {
+	if e.Filter == nil {
+		return true, nil
+	}
+	return e.Filter.Wants((&outbox.Event{ID: row.id, Type: row.typ, Key: row.key, Data: []byte(row.data), JSON: json.Valid([]byte(row.data))}).View())
 }
 
 func (w *world) owe(endpoint string, row *outboxRow, tx *transaction, pos cdc.Position, key string, by *life) {
