@@ -16,6 +16,8 @@
 //     written. What was parked with one ordering keeps it.
 //   - A delivery that an open circuit holds spends no attempt. The probe is the oldest one parked.
 //   - A delivery has one attempt and one more for each step of its schedule, over all restarts.
+//   - Attempts of an endpoint, or of a group that shares a rate, begin no faster than rate_limit says;
+//     those of a group begin in turns.
 //   - No delivery holds the watermark for longer than SpillAfter while the store can be written.
 //   - A row that cannot be understood is one dead delivery and stops nothing.
 //   - A clean stop repeats nothing. After a crash comes again what was in flight, and what was
@@ -63,6 +65,7 @@
 //   - After a crash the store can be ahead of the stream, which brings again what was in memory: a row
 //     waits until the stream has come to it (sight.reach).
 //
-// Locks are taken in this order: Relay.changing, Relay.mu, Lane.mu, then Ledger.mu or journal.mu.
+// Locks are taken in this order: Relay.changing, Relay.mu, Lane.mu, then Ledger.mu, journal.mu, or
+// paces.mu and pace.mu.
 // None is held across a call of Store, Sender or Stream.
 package outbox

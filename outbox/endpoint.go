@@ -126,6 +126,7 @@ type Endpoint struct {
 	Ordering    Ordering
 	Timeout     time.Duration // of one attempt, from dial to the answer's status line
 	Concurrency int           // attempts in flight at once
+	RateLimit   RateLimit
 	Retry       RetryPolicy
 	Breaker     BreakerPolicy
 

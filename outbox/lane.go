@@ -149,6 +149,11 @@ type Lane struct {
 
 	timer   *time.Timer
 	timerAt time.Time
+
+	pace   *pace // nil where the endpoint has no rate_limit
+	turn   turn  // that the next attempt waits for
+	bell   *time.Timer
+	bellAt time.Time // when it rings; zero where it does not
 }
 
 // tally is what a count of the store surely shows: what was committed before it began.
@@ -176,6 +181,7 @@ func newLane(r *Relay, ep *Endpoint) *Lane {
 	if ep.Status != Enabled {
 		l.state, l.why = parking, ReasonPaused
 	}
+	l.setPace(nil)
 	return l
 }
 
@@ -466,22 +472,18 @@ func (l *Lane) next() *item {
 	if l.state == parking || l.fresh >= l.limit || l.inflight >= l.ep.Concurrency || l.ready.len() == 0 || !l.mayWork() {
 		return nil
 	}
-	for {
-		it := l.ready.pop()
-		if it == nil {
-			return nil
-		}
-		if it.state != waiting {
-			continue
-		}
-		if it.read {
-			l.loaded--
-		}
-		it.state, it.round = flying, l.round
-		l.inflight++
-		l.fresh++
-		return it
+	it := l.ready.peek()
+	if it == nil || !l.mayBegin() {
+		return nil
 	}
+	l.ready.pop()
+	if it.read {
+		l.loaded--
+	}
+	it.state, it.round = flying, l.round
+	l.inflight++
+	l.fresh++
+	return it
 }
 
 // work makes attempts until nothing may be sent.
@@ -727,8 +729,10 @@ func (l *Lane) close() {
 	}
 	l.state = closed
 	l.clear(ReasonShutdown)
-	if l.timer != nil {
-		l.timer.Stop()
+	for _, t := range []*time.Timer{l.timer, l.bell} {
+		if t != nil {
+			t.Stop()
+		}
 	}
 }
 
@@ -738,6 +742,9 @@ func (l *Lane) remove() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.gone = true
+	if l.relay.paces.leave(l.ep) {
+		l.relay.rouse()
+	}
 }
 
 const (
@@ -814,6 +821,7 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 	old := l.ep
 	l.ep = ep
 	l.now.Store(ep)
+	l.setPace(old)
 	if l.limit > ep.Concurrency || l.limit >= old.Concurrency {
 		l.limit = ep.Concurrency
 	}
@@ -1299,6 +1307,17 @@ type fifo struct {
 func (f *fifo) len() int { return len(f.items) - f.head }
 
 func (f *fifo) push(it *item) { f.items = append(f.items, it) }
+
+// peek is the first that waits, which pop is to return; nil where there is none.
+func (f *fifo) peek() *item {
+	for f.head < len(f.items) && f.items[f.head].state != waiting {
+		f.pop()
+	}
+	if f.head == len(f.items) {
+		return nil
+	}
+	return f.items[f.head]
+}
 
 func (f *fifo) pop() *item {
 	if f.head == len(f.items) {

@@ -38,6 +38,7 @@ type planned struct {
 	ordering    outbox.Ordering
 	concurrency int
 	circuit     bool
+	limit       outbox.RateLimit
 }
 
 type step struct {
@@ -80,7 +81,7 @@ func (p plan) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d, %d events, %d bytes, faulty %v, crashing %v, counted %v\n", p.seed, p.maxEvents, p.maxBytes, p.faulty, p.crashing, p.counted)
 	for i, e := range p.endpoints {
-		fmt.Fprintf(&b, "  e%d: ordering %s, concurrency %d, circuit %v\n", i, e.ordering, e.concurrency, e.circuit)
+		fmt.Fprintf(&b, "  e%d: ordering %s, concurrency %d, circuit %v, rate %v of group %q\n", i, e.ordering, e.concurrency, e.circuit, e.limit.Rate, e.limit.Group)
 	}
 	for i, s := range p.steps {
 		fmt.Fprintf(&b, "  %2d %s n=%d m=%d, pass %v\n", i, s.do, s.n, s.m, s.pass)
@@ -97,11 +98,14 @@ func genPlan(t *rapid.T) plan {
 		crashing:  rapid.Bool().Draw(t, "crashing"),
 		counted:   rapid.Bool().Draw(t, "counted"),
 	}
+	perSecond := func(n float64) outbox.Rate { return outbox.Rate{Attempts: n, Per: time.Second} }
+	shared := perSecond(rapid.SampledFrom([]float64{60, 400}).Draw(t, "shared rate"))
 	for range rapid.IntRange(1, 2).Draw(t, "endpoints") {
 		p.endpoints = append(p.endpoints, planned{
 			ordering:    rapid.SampledFrom([]outbox.Ordering{outbox.OrderKey, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll}).Draw(t, "ordering"),
 			concurrency: rapid.SampledFrom([]int{1, 2, 4, 16}).Draw(t, "concurrency"),
 			circuit:     rapid.Bool().Draw(t, "circuit"),
+			limit:       rapid.SampledFrom([]outbox.RateLimit{{}, {}, {Rate: perSecond(50)}, {Group: "g", Rate: shared}}).Draw(t, "rate limit"),
 		})
 	}
 	pauses := []time.Duration{0, 0, time.Millisecond, 20 * time.Millisecond, 300 * time.Millisecond, time.Second, 2500 * time.Millisecond, 6 * time.Second}
@@ -166,6 +170,7 @@ func run(p plan) ([]string, error) {
 	for i, e := range p.endpoints {
 		endpoints = append(endpoints, endpoint(fmt.Sprintf("e%d", i), func(o *outbox.Endpoint) {
 			o.Ordering, o.Concurrency, o.Retry.Jitter = e.ordering, e.concurrency, 0.2
+			o.RateLimit = e.limit
 		}))
 	}
 	w := newWorld(endpoints...)
@@ -226,7 +231,12 @@ func run(p plan) ([]string, error) {
 			endpoints = change(endpoints, one, func(e *outbox.Endpoint) { e.Status = status })
 			w.configure(endpoints...)
 		case settings:
-			endpoints = change(endpoints, one, func(e *outbox.Endpoint) { e.Concurrency = 1 + s.n%5 })
+			endpoints = change(endpoints, one, func(e *outbox.Endpoint) {
+				e.Concurrency = 1 + s.n%5
+				if e.RateLimit.Group == "" && s.m%3 == 0 {
+					e.RateLimit.Rate = []outbox.Rate{{}, {Attempts: 40, Per: time.Second}, {Attempts: 200, Per: time.Second}, {Attempts: 2700, Per: time.Minute}}[s.n%4]
+				}
+			})
 			w.configure(endpoints...)
 		case remove:
 			if len(endpoints) > 1 {

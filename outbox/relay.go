@@ -102,6 +102,7 @@ type Relay struct {
 	lapsed atomic.Bool               // a lane waits for the lease, or for the stream, and is to be woken
 	caught atomic.Bool               // the stream has come to where the WAL ended when we took the slot
 	aside  sync.WaitGroup            // endpoints being disabled or removed
+	paces  paces
 
 	changing sync.Mutex             // one change of the endpoints at a time; guards the next two
 	file     []*Endpoint            // of the file
@@ -734,6 +735,9 @@ func (r *Relay) leave(endpointID string, l *Lane, before *cdc.Position) {
 		r.mu.Lock()
 		if r.lanes[endpointID] == nil {
 			r.metrics.forget(endpointID)
+			if l != nil && r.paces.leave(l.now.Load()) {
+				r.rouse()
+			}
 		}
 		delete(r.retired, l)
 		if r.leaving[endpointID] == left {

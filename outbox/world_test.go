@@ -63,8 +63,9 @@ type world struct {
 	// after (told, scan, key, due, count). nil is no time at all.
 	delay func(call string) time.Duration
 	calls map[string]int
-	got   map[string][]string // by endpoint, the ids as they first arrived
-	tries map[string][]string // by endpoint, the ids as they were attempted
+	got   map[string][]string    // by endpoint, the ids as they first arrived
+	tries map[string][]string    // by endpoint, the ids as they were attempted
+	begun map[string][]time.Time // attempts by what shares their rate, since the settings or the relay changed
 }
 
 // life is one relay from its start to its end.
@@ -151,7 +152,7 @@ func newWorld(endpoints ...*outbox.Endpoint) *world {
 		store: outboxtest.New(), maxEvents: 10_000, maxBytes: 64 << 20,
 		end: firstLSN, grown: make(chan struct{}), endpoints: endpoints,
 		receivers: map[string]*receiver{}, deliveries: map[deliveryID]*delivery{}, lines: map[lineID]*line{},
-		got: map[string][]string{}, tries: map[string][]string{}, calls: map[string]int{},
+		got: map[string][]string{}, tries: map[string][]string{}, calls: map[string]int{}, begun: map[string][]time.Time{},
 	}
 	for _, e := range endpoints {
 		w.receiverLocked(e.ID)
@@ -304,7 +305,10 @@ func (w *world) start() *outbox.Relay {
 		panic(err)
 	}
 	l.relay = r
-	w.set(func() { w.life, w.touched = l, time.Now() })
+	w.set(func() {
+		w.life, w.touched = l, time.Now()
+		clear(w.begun)
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	l.stop = cancel
 	go func() {
@@ -415,6 +419,7 @@ func (w *world) configure(endpoints ...*outbox.Endpoint) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	clear(w.begun)
 	for _, e := range endpoints {
 		if r := w.receiverLocked(e.ID); e.Status != outbox.Enabled && r.paused.IsZero() {
 			r.paused = now
@@ -1058,12 +1063,31 @@ func (w *world) arrive(d *delivery, l *life) {
 	d.delivered, d.life, d.ended = time.Now(), l, true
 }
 
+// pace checks that the attempt that begins now is within the endpoint's rate.
+func (w *world) pace(ep *outbox.Endpoint) {
+	limit := ep.RateLimit.Rate
+	if limit == (outbox.Rate{}) {
+		return
+	}
+	shared := cmp.Or(ep.RateLimit.Group, ep.ID)
+	now := time.Now()
+	w.begun[shared] = slices.DeleteFunc(append(w.begun[shared], now), func(at time.Time) bool { return now.Sub(at) > limit.Per-time.Millisecond })
+	most := max(1, limit.Attempts)
+	if limit.Attempts/limit.Per.Seconds() > 100 {
+		most *= 1.01
+	}
+	if n := len(w.begun[shared]); float64(n) > most {
+		w.breakf("%d attempts for %s within %v, the rate is %v", n, shared, limit.Per, limit)
+	}
+}
+
 // began checks that an attempt may be made now.
 func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 	r.inflight++
 	r.attempts++
 	r.most = max(r.most, r.inflight)
 	w.tries[r.endpoint] = append(w.tries[r.endpoint], a.Event.ID)
+	w.pace(a.Endpoint)
 	id := deliveryID{r.endpoint, a.Event.ID}
 	d := w.deliveries[id]
 	if d == nil {

@@ -381,6 +381,7 @@ func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool
 	}
 	all := make([]*outbox.Endpoint, 0, len(items))
 	first := make(map[string]value)
+	groups := make(outbox.Groups)
 	for _, item := range items {
 		e, sound := l.endpoint(item, defaults)
 		if e.ID != "" {
@@ -395,6 +396,9 @@ func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool
 				l.problem(item, err.Error(), "proxy: http://proxy:3128 of its own, or proxy: none")
 			}
 			if err := sender.Validate(e); err != nil {
+				l.foreign(item, err)
+			}
+			if err := groups.Join(&e); err != nil {
 				l.foreign(item, err)
 			}
 		}
@@ -438,7 +442,7 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 		{"ordering", oneOf(l, &e.Ordering, outbox.OrderKey, outbox.OrderNone, outbox.OrderAll)},
 		{"timeout", l.duration(&e.Timeout, time.Millisecond, 10*time.Minute)},
 		{"concurrency", l.integer(&e.Concurrency, 1, 10_000)},
-		{"rate_limit", l.later("")},
+		{"rate_limit", l.rateLimit(&e.RateLimit)},
 		{"batch", func(v value) {
 			l.section(v,
 				field{"max_events", l.later("1")},
@@ -762,6 +766,38 @@ func (l *loader) headers(dst *map[string]string) func(value) {
 			}
 			maps.DeleteFunc(*dst, func(name, _ string) bool { return strings.EqualFold(name, e.name) })
 			(*dst)[e.name] = s.text
+		}
+	}
+}
+
+// rateLimit reads a rate, or {group, rate}; empty text is no limit.
+func (l *loader) rateLimit(dst *outbox.RateLimit) func(value) {
+	perTime := func(v value) {
+		s, ok := l.scalar(v, public)
+		if !ok {
+			return
+		}
+		r, err := outbox.ParseRate(s.text)
+		if err != nil {
+			l.problem(v, s.shown()+" is not a rate in range", outbox.RateForms)
+			return
+		}
+		dst.Rate = r
+	}
+	return func(v value) {
+		switch {
+		case !isMapping(v) && l.isOneOf(v, ""):
+			*dst = outbox.RateLimit{}
+		case !isMapping(v):
+			*dst = outbox.RateLimit{}
+			perTime(v)
+		default:
+			seen := l.section(v,
+				field{"group", l.name(&dst.Group, endpointID.MatchString, endpointIDRule)},
+				field{"rate", perTime})
+			if seen != nil && !seen["rate"] && dst.Rate == (outbox.Rate{}) {
+				l.missing(v, v.path+".rate", outbox.RateForms)
+			}
 		}
 	}
 }

@@ -86,6 +86,29 @@ func TestEveryKeyAtItsDefaultIsAccepted(t *testing.T) {
 	require.Equal(t, outbox.Source{Messages: "walhook", IDPrefix: "msg_"}, c.Outbox[1])
 }
 
+func TestRateLimitsAreReadInEveryForm(t *testing.T) {
+	perSecond := func(n float64) outbox.RateLimit {
+		return outbox.RateLimit{Rate: outbox.Rate{Attempts: n, Per: time.Second}}
+	}
+	crm := perSecond(5)
+	crm.Group = "crm"
+	for text, want := range map[string]outbox.RateLimit{
+		`""`:                      {},
+		"100/s":                   perSecond(100),
+		"0.5/s":                   perSecond(0.5),
+		"300/m":                   {Rate: outbox.Rate{Attempts: 300, Per: time.Minute}},
+		"1/h":                     {Rate: outbox.Rate{Attempts: 1, Per: time.Hour}},
+		"{rate: 100/s}":           perSecond(100),
+		"{group: crm}":            {Group: "crm", Rate: outbox.Rate{Attempts: 7, Per: time.Second}}, // over the defaults
+		"{group: crm, rate: 5/s}": crm,
+		"${RATE}":                 perSecond(2),
+	} {
+		src := in("rate_limit: "+text) + "defaults: {rate_limit: 7/s}\n"
+		c := mustLoad(t, src, envOf(map[string]string{"RATE": "2/s"}))
+		require.Equal(t, want, c.Endpoints[0].RateLimit, text)
+	}
+}
+
 // The golden files hold every message, so that a change of one is seen and judged.
 func TestConfigMistakesSayWhereWhatAndWhatIsAllowed(t *testing.T) {
 	env := envOf(map[string]string{"WORD": "hunter2hunter2", "EMPTY": "", "LONG": strings.Repeat("hunter2", 2000)})
@@ -353,7 +376,7 @@ server: {listen: ":8080", token: @@@@}
 			leaks(src[:i] + with + src[i:])
 		}
 	}
-	for _, key := range []string{"timeout", "concurrency", "ordering", "id", "tenant", "events", "max_payload", "tls", "retry", "signing", "batch"} {
+	for _, key := range []string{"timeout", "concurrency", "ordering", "id", "tenant", "events", "max_payload", "tls", "retry", "signing", "batch", "rate_limit"} {
 		c := in(key + ": ${SECRET}")
 		if _, err := load(c, envOf(map[string]string{"SECRET": k})); err != nil {
 			require.NotContains(t, err.Error(), "KKKK")
@@ -448,7 +471,7 @@ database: {nonesuch: 1, url: host=h}
 cdc: {nonesuch: 1}
 outbox: [{table: t, nonesuch: 1, columns: {nonesuch: 1}}]
 defaults: {nonesuch: 1}
-endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1},
+endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, rate_limit: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1},
   auth: {nonesuch: 1, basic: {nonesuch: 1}, oauth2: {nonesuch: 1}, mtls: {nonesuch: 1}}}]
 buffer: {nonesuch: 1}
 server: {nonesuch: 1}
@@ -466,13 +489,13 @@ log: {nonesuch: 1}
 		sections++
 		section = strings.TrimPrefix(index.ReplaceAllString(section, "[]"), "endpoints[].")
 		for key := range strings.SplitSeq(p.Allowed, ", ") {
-			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "log", "retry", "breaker", "batch", "network", "tls", "columns", "auth", "basic", "oauth2", "mtls"}, key) {
+			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "log", "retry", "breaker", "batch", "rate_limit", "network", "tls", "columns", "auth", "basic", "oauth2", "mtls"}, key) {
 				continue // a section, whose keys are looked for
 			}
 			require.True(t, strings.Contains(string(page), "`"+section+key+"`"), "docs/configuration.md has no `%s`", section+key)
 		}
 	}
-	require.Equal(t, 19, sections)
+	require.Equal(t, 20, sections)
 }
 
 // What people copy from the pages must be taken as it is.
