@@ -5,11 +5,12 @@ import (
 	"time"
 )
 
-// Attempt is what a Sender is asked to do once: post this event to this endpoint.
+// Attempt is what a Sender is asked to do once: post this event, or this batch, to this endpoint.
 type Attempt struct {
 	Event    *Event
+	Batch    []*Event // all events of the request in commit order, Event the first; nil where the endpoint takes no batches
 	Endpoint *Endpoint
-	Number   int // from 1, over all restarts
+	Number   int // from 1, over all restarts; of a batch, the highest of its events
 }
 
 // Sender makes one attempt and judges its answer. It waits for nothing but the network,
@@ -97,4 +98,5 @@ type Outcome struct {
 	Until      time.Time     // Held: when to ask again
 	Slow       bool          // the receiver asks for less: 429, 502, 503, 504
 	Gone       bool          // 410: the endpoint is to be disabled
+	Apart      *Apart        // of a batch: what was not in the request; nil where all was
 }

@@ -16,6 +16,8 @@
 //     written. What was parked with one ordering keeps it.
 //   - A delivery that an open circuit holds spends no attempt. The probe is the oldest one parked.
 //   - A delivery has one attempt and one more for each step of its schedule, over all restarts.
+//   - A batch ends as a whole, and holds its events in commit order. No two batches with events of one
+//     key (ordering key) are in flight at once.
 //   - Attempts of an endpoint, or of a group that shares a rate, begin no faster than rate_limit says;
 //     those of a group begin in turns.
 //   - No delivery holds the watermark for longer than SpillAfter while the store can be written.

@@ -127,6 +127,7 @@ type Endpoint struct {
 	Timeout     time.Duration // of one attempt, from dial to the answer's status line
 	Concurrency int           // attempts in flight at once
 	RateLimit   RateLimit
+	Batch       Batch
 	Retry       RetryPolicy
 	Breaker     BreakerPolicy
 
@@ -274,6 +275,7 @@ func DefaultEndpoint() Endpoint {
 		Ordering:    OrderKey,
 		Timeout:     15 * time.Second,
 		Concurrency: 64,
+		Batch:       Batch{MaxEvents: 1},
 		Retry: RetryPolicy{
 			Schedule: []time.Duration{
 				5 * time.Second, time.Minute, 5 * time.Minute, 30 * time.Minute, 2 * time.Hour,

@@ -77,6 +77,7 @@ type item struct {
 	span     *span  // its row's in the ledger; nil where it was read back from the store
 	next     *item  // in the list of owed
 	prev     *item
+	mate     *item // flying: the next one in its batch
 }
 
 // queue holds the deliveries of one key, in commit order. The first one is sent or waits to be.
@@ -154,6 +155,9 @@ type Lane struct {
 	turn   turn  // that the next attempt waits for
 	bell   *time.Timer
 	bellAt time.Time // when it rings; zero where it does not
+
+	gathering time.Time // since when a batch that is not full could have gone; zero where there is none
+	batch     []*item   // of gather, which uses it again
 }
 
 // tally is what a count of the store surely shows: what was committed before it began.
@@ -462,44 +466,56 @@ func (l *Lane) kick() {
 func (l *Lane) dispatch() {
 	for it := l.next(); it != nil; it = l.next() {
 		l.workers.Add(1)
-		go l.work(it)
+		go l.work(it, l.ep)
 	}
 	l.load()
 }
 
-// next takes the delivery to be sent now; nil where none may be.
+// next takes the delivery to be sent now, with its mates where the endpoint takes batches; nil
+// where none may be.
 func (l *Lane) next() *item {
 	if l.state == parking || l.fresh >= l.limit || l.inflight >= l.ep.Concurrency || l.ready.len() == 0 || !l.mayWork() {
 		return nil
 	}
 	it := l.ready.peek()
-	if it == nil || !l.mayBegin() {
+	switch {
+	case it == nil:
 		return nil
+	case l.batches():
+		if it = l.nextBatch(); it == nil {
+			return nil
+		}
+	case !l.mayBegin():
+		return nil
+	default:
+		l.ready.pop()
+		if it.read {
+			l.loaded--
+		}
+		it.state, it.round = flying, l.round
 	}
-	l.ready.pop()
-	if it.read {
-		l.loaded--
-	}
-	it.state, it.round = flying, l.round
+	l.turn = turn{}
 	l.inflight++
 	l.fresh++
 	return it
 }
 
-// work makes attempts until nothing may be sent.
-func (l *Lane) work(it *item) {
+// work makes attempts until nothing may be sent, the first by the settings with which it was taken.
+func (l *Lane) work(it *item, ep *Endpoint) {
 	defer l.workers.Done()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for it != nil {
-		ep, a := l.ep, Attempt{Event: it.event, Endpoint: l.ep, Number: it.attempts + 1}
+		a := it.attempt(ep)
 		l.mu.Unlock()
 		now := time.Now()
 		if !it.read {
-			l.relay.ledger.Started(now.Sub(it.arrived))
+			l.relay.ledger.Started(max(0, now.Sub(it.arrived)-ep.Batch.Linger))
 		}
 		var out Outcome
-		if age := ep.Retry.MaxAge; age > 0 && now.Sub(a.Event.Commit) > age {
+		if a.Batch != nil {
+			out = l.sendBatch(a, now)
+		} else if age := ep.Retry.MaxAge; age > 0 && now.Sub(a.Event.Commit) > age {
 			out = Outcome{Verdict: Dead, Reason: ReasonMaxAge, Detail: "older than " + age.String()}
 		} else {
 			out = l.relay.sender.Send(l.relay.sendCtx, a)
@@ -510,19 +526,40 @@ func (l *Lane) work(it *item) {
 			l.fresh--
 		}
 		l.ended(it, out)
-		it = l.next()
+		it, ep = l.next(), l.ep
 		l.dispatch()
 	}
 }
 
-// ended takes in the outcome of an attempt.
+// ended takes in the outcome of an attempt: what it means for the delivery, and each of its mates,
+// and what for the endpoint.
 func (l *Lane) ended(it *item, out Outcome) {
-	now := time.Now()
+	var late []*item
+	if out.Apart != nil {
+		it, late = l.takeApart(it, out.Apart)
+	}
+	if it != nil {
+		l.judged(it, out, time.Now())
+	}
+	for _, it := range late {
+		l.again(it, Change{State: StateParked, Reason: ReasonBehindEndpoint, Due: time.Now()})
+	}
+}
+
+func (l *Lane) judged(it *item, out Outcome, now time.Time) {
 	switch out.Verdict {
 	case Delivered:
-		l.delivered(it, now)
+		l.failing = time.Time{}
+		if l.limit < l.ep.Concurrency {
+			l.limit++ // one more for every success doubles it with every round
+		}
+		for ; it != nil; it = it.unmate() {
+			l.delivered(it, now)
+		}
 	case Held:
-		l.again(it, Change{State: StateParked, Reason: cmp.Or(out.Reason, ReasonBreakerOpen)})
+		for ; it != nil; it = it.unmate() {
+			l.again(it, Change{State: StateParked, Reason: cmp.Or(out.Reason, ReasonBreakerOpen)})
+		}
 		if !out.Until.After(now) {
 			out.Until = now.Add(loadBackoff)
 		}
@@ -532,23 +569,22 @@ func (l *Lane) ended(it *item, out Outcome) {
 		if l.state != closed {
 			c.Due = now.Add(loadBackoff)
 		}
-		l.again(it, c)
-	case Dead:
-		if out.Status != 0 { // else no request was made
-			it.attempts++
+		for ; it != nil; it = it.unmate() {
+			l.again(it, c)
 		}
-		l.bury(it, out)
+	case Dead:
+		for ; it != nil; it = it.unmate() {
+			if out.Status != 0 { // else no request was made
+				it.attempts++
+			}
+			l.bury(it, out)
+		}
 	default:
-		it.attempts++
 		l.failed(it, out, now)
 	}
 }
 
 func (l *Lane) delivered(it *item, now time.Time) {
-	l.failing = time.Time{}
-	if l.limit < l.ep.Concurrency {
-		l.limit++ // one more for every success doubles it with every round
-	}
 	l.m.delivered.Inc()
 	l.relay.metrics.latency.Observe(now.Sub(it.event.Commit).Seconds())
 	if it.stored {
@@ -560,23 +596,27 @@ func (l *Lane) delivered(it *item, now time.Time) {
 	l.advance(it)
 }
 
-// failed parks a delivery until its next attempt, or buries it after the last.
+// failed parks a delivery and its mates until their next attempt, or buries those that had their
+// last.
 func (l *Lane) failed(it *item, out Outcome, now time.Time) {
 	if l.failing.IsZero() {
 		l.failing = now
 	}
 	l.log.Info("attempt failed",
-		zap.String("event", it.event.ID), zap.Int("attempt", it.attempts),
+		zap.String("event", it.event.ID), zap.Bool("batch", it.mate != nil), zap.Int("attempt", it.attempts+1),
 		zap.String("reason", string(out.Reason)), zap.Int("status", out.Status), zap.String("detail", out.Detail))
 	if out.Slow {
 		l.limit = max(1, l.limit/2)
 	}
 	asked := min(out.RetryAfter, maxRetryAfter)
-	if policy := l.ep.Retry; it.attempts > len(policy.Schedule) {
-		l.bury(it, out)
-	} else {
-		step := policy.Schedule[it.attempts-1]
-		step = time.Duration(float64(step) * (1 - policy.Jitter + 2*policy.Jitter*rand.Float64()))
+	policy := l.ep.Retry
+	spread := 1 - policy.Jitter + 2*policy.Jitter*rand.Float64() // one for a batch, so that those with as many attempts stay together
+	for ; it != nil; it = it.unmate() {
+		if it.attempts++; it.attempts > len(policy.Schedule) {
+			l.bury(it, out)
+			continue
+		}
+		step := time.Duration(float64(policy.Schedule[it.attempts-1]) * spread)
 		l.again(it, Change{State: StateParked, Reason: out.Reason, Due: now.Add(max(step, asked)), Status: out.Status, Detail: out.Detail})
 	}
 	switch {
@@ -655,12 +695,14 @@ func (l *Lane) advance(it *item) {
 	if it.key == "" || q == nil {
 		return
 	}
-	if len(q.items) > 0 && q.items[0] == it {
+	for len(q.items) > 0 && q.items[0].state >= left { // of a batch, those behind it may have ended before it
 		q.items[0] = nil
 		q.items = q.items[1:]
 	}
 	if len(q.items) > 0 {
-		l.ready.push(q.items[0])
+		if q.items[0].state == waiting {
+			l.ready.push(q.items[0])
+		}
 		return
 	}
 	l.wantNext(q)
@@ -906,12 +948,18 @@ func (l *Lane) spill(before time.Time) {
 	case behind && l.catching:
 		l.letGo()
 	case behind && l.state == flowing:
-		l.log.Info("draining: the endpoint cannot keep up, its deliveries go through walhook.deliveries")
+		if l.ep.Batch.Linger < l.relay.cfg.SpillAfter {
+			l.log.Info("draining: the endpoint cannot keep up, its deliveries go through walhook.deliveries")
+		}
 		l.drain(l.limit)
 	default:
 		for _, q := range slow {
-			rest := q.items[1:]
-			q.items = q.items[:1:1]
+			n := slices.IndexFunc(q.items, func(it *item) bool { return it.state == waiting }) // behind what is in flight
+			if n < 0 {
+				continue
+			}
+			rest := q.items[n:]
+			q.items = q.items[:n:n]
 			for _, it := range rest {
 				l.unload(it, ReasonBehindKey)
 			}
@@ -995,7 +1043,7 @@ func (l *Lane) wantNext(q *queue) {
 // reads little, and only when what it read before is done and written: a store that can be read
 // and not written would else come to stand in memory as a whole.
 func (l *Lane) load() {
-	ahead := min(max(8*l.limit, 32), 2*scanPage)
+	ahead := min(max(8*l.limit*max(1, l.ep.Batch.MaxEvents), 32), 2*scanPage)
 	if l.loading || l.state == parking || l.loaded > ahead/2 && l.ready.len() > 0 || !l.mayWork() {
 		return
 	}
@@ -1010,7 +1058,7 @@ func (l *Lane) load() {
 	var job job
 	switch {
 	case len(l.keys) > 0:
-		job = l.loadKey(min(keyPage, most), bytes)
+		job = l.loadKey(min(l.keyPage(), most), bytes)
 	case !l.nextDue.IsZero() && !time.Now().Before(l.nextDue):
 		job = l.loadDue(min(duePage, most)+l.reads, bytes+l.readSize) // it shows what is in memory too
 	case l.state == draining && l.more:
@@ -1135,7 +1183,7 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 		default:
 			l.take(row)
 			l.probing = false
-			if q = l.queues[row.OrderKey]; q != nil && len(q.items) >= keyPage {
+			if q = l.queues[row.OrderKey]; q != nil && len(q.items) >= l.keyPage() {
 				l.block(q, time.Time{}) // the rest of it is read by its key
 				q.after = row.Event.Position
 			}
@@ -1150,6 +1198,9 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 		l.more = l.told == l.parks
 	}
 }
+
+// keyPage is how many deliveries of one key are read at once.
+func (l *Lane) keyPage() int { return min(max(keyPage, l.ep.Batch.MaxEvents), scanPage) }
 
 // loadKey is the job that reads the next rows of the first key on the list.
 func (l *Lane) loadKey(limit int, maxBytes int64) job {
@@ -1334,6 +1385,16 @@ func (f *fifo) pop() *item {
 		f.head = 0
 	}
 	return it
+}
+
+// unpop puts an item in front.
+func (f *fifo) unpop(it *item) {
+	if f.head > 0 {
+		f.head--
+		f.items[f.head] = it
+		return
+	}
+	f.items = slices.Insert(f.items, 0, it)
 }
 
 // positions are those of rows on their way to the store. They are told of in the order in which

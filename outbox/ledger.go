@@ -224,6 +224,9 @@ func (l *Ledger) mayRead() bool {
 	return l.read.events.Load() < max(1, l.maxEvents/4) && l.read.bytes.Load() < l.maxBytes/4
 }
 
+// tight tells that memory is full, and what holds it should go.
+func (l *Ledger) tight() bool { return l.full.Load() || !l.mayRead() }
+
 // Room is nil while there is room for an event, else a channel that is closed when there is.
 func (l *Ledger) Room() <-chan struct{} {
 	if l.fits() {

@@ -39,6 +39,9 @@ type planned struct {
 	concurrency int
 	circuit     bool
 	limit       outbox.RateLimit
+	batch       outbox.Batch
+	unfit       int // one event of so many; zero is none
+	leaves      int
 }
 
 type step struct {
@@ -81,12 +84,17 @@ func (p plan) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d, %d events, %d bytes, faulty %v, crashing %v, counted %v\n", p.seed, p.maxEvents, p.maxBytes, p.faulty, p.crashing, p.counted)
 	for i, e := range p.endpoints {
-		fmt.Fprintf(&b, "  e%d: ordering %s, concurrency %d, circuit %v, rate %v of group %q\n", i, e.ordering, e.concurrency, e.circuit, e.limit.Rate, e.limit.Group)
+		fmt.Fprintf(&b, "  e%d: ordering %s, concurrency %d, circuit %v, rate %v of group %q, batch %+v, unfit %d, leaves %d\n",
+			i, e.ordering, e.concurrency, e.circuit, e.limit.Rate, e.limit.Group, e.batch, e.unfit, e.leaves)
 	}
 	for i, s := range p.steps {
 		fmt.Fprintf(&b, "  %2d %s n=%d m=%d, pass %v\n", i, s.do, s.n, s.m, s.pass)
 	}
 	return b.String()
+}
+
+var batches = []outbox.Batch{
+	{MaxEvents: 1}, {MaxEvents: 1}, {MaxEvents: 2}, {MaxEvents: 5, MaxBytes: 400}, {MaxEvents: 20, Linger: 30 * time.Millisecond}, {MaxEvents: 100, Linger: 1700 * time.Millisecond},
 }
 
 func genPlan(t *rapid.T) plan {
@@ -106,6 +114,9 @@ func genPlan(t *rapid.T) plan {
 			concurrency: rapid.SampledFrom([]int{1, 2, 4, 16}).Draw(t, "concurrency"),
 			circuit:     rapid.Bool().Draw(t, "circuit"),
 			limit:       rapid.SampledFrom([]outbox.RateLimit{{}, {}, {Rate: perSecond(50)}, {Group: "g", Rate: shared}}).Draw(t, "rate limit"),
+			batch:       rapid.SampledFrom(batches).Draw(t, "batch"),
+			unfit:       rapid.SampledFrom([]int{0, 0, 7}).Draw(t, "unfit"),
+			leaves:      rapid.SampledFrom([]int{0, 0, 1, 3}).Draw(t, "leaves"),
 		})
 	}
 	pauses := []time.Duration{0, 0, time.Millisecond, 20 * time.Millisecond, 300 * time.Millisecond, time.Second, 2500 * time.Millisecond, 6 * time.Second}
@@ -170,14 +181,17 @@ func run(p plan) ([]string, error) {
 	for i, e := range p.endpoints {
 		endpoints = append(endpoints, endpoint(fmt.Sprintf("e%d", i), func(o *outbox.Endpoint) {
 			o.Ordering, o.Concurrency, o.Retry.Jitter = e.ordering, e.concurrency, 0.2
-			o.RateLimit = e.limit
+			o.RateLimit, o.Batch = e.limit, e.batch
 		}))
 	}
 	w := newWorld(endpoints...)
 	w.traced = os.Getenv("WALHOOK_TRACE") != ""
 	w.maxEvents, w.maxBytes, w.countsFail = p.maxEvents, p.maxBytes, !p.counted
 	for i, e := range p.endpoints {
-		w.receivers[fmt.Sprintf("e%d", i)].circuit = e.circuit
+		r := w.receivers[fmt.Sprintf("e%d", i)]
+		if r.circuit, r.leaves = e.circuit, e.leaves; e.unfit > 0 {
+			r.unfit = func(ev *outbox.Event) bool { return hash(p.seed, ev.ID)%uint64(e.unfit) == 0 }
+		}
 	}
 	delays := []time.Duration{0, time.Millisecond, 30 * time.Millisecond, 700 * time.Millisecond}
 	delay := delays[rnd.IntN(len(delays))]
@@ -233,6 +247,9 @@ func run(p plan) ([]string, error) {
 		case settings:
 			endpoints = change(endpoints, one, func(e *outbox.Endpoint) {
 				e.Concurrency = 1 + s.n%5
+				if s.m%4 == 1 {
+					e.Batch = batches[s.n%len(batches)]
+				}
 				if e.RateLimit.Group == "" && s.m%3 == 0 {
 					e.RateLimit.Rate = []outbox.Rate{{}, {Attempts: 40, Per: time.Second}, {Attempts: 200, Per: time.Second}, {Attempts: 2700, Per: time.Minute}}[s.n%4]
 				}

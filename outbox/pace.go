@@ -205,8 +205,8 @@ func (l *Lane) setPace(old *Endpoint) {
 	}
 }
 
-// mayBegin tells whether an attempt may begin now. Where not, the lane goes on when its turn
-// comes.
+// mayBegin tells whether an attempt may begin now, and so use up the lane's turn. Where not, the
+// lane goes on when its turn comes.
 func (l *Lane) mayBegin() bool {
 	if l.pace == nil {
 		return true
@@ -216,7 +216,6 @@ func (l *Lane) mayBegin() bool {
 		l.wakeAt(l.turn.at)
 		return false
 	}
-	l.turn = turn{}
 	return true
 }
 

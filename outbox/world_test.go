@@ -120,13 +120,17 @@ type delivery struct {
 	handedAt  time.Time
 	repeated  *life // it was handed on again in this life
 	dup       bool  // it was handed on more than once
+	unfit     bool  // no sender can send it
 }
 
 type receiver struct {
 	endpoint string
 	answer   func(a outbox.Attempt) answer
-	circuit  bool // keep one, by the endpoint's policy
+	circuit  bool                     // keep one, by the endpoint's policy
+	unfit    func(*outbox.Event) bool // of a batch: what dies alone
+	leaves   int                      // of a batch: how many are left now and then
 
+	batches  []int // how many events each attempt had
 	inflight int
 	most     int // in flight at once
 	failures int // in a row
@@ -1003,9 +1007,19 @@ func (s *sender) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {
 		}
 		r.probing = true
 	}
-	w.tracef("send %s %s #%d", a.Endpoint.ID, a.Event.ID, a.Number)
-	d := w.began(s.life, r, a)
+	sent, apart := []*outbox.Event{a.Event}, (*outbox.Apart)(nil)
+	if a.Batch != nil {
+		sent, apart = w.takeApart(r, a)
+	}
+	w.tracef("send %s %s #%d", a.Endpoint.ID, ids(sent), a.Number)
+	if len(sent) == 0 {
+		r.probing = false
+		w.mu.Unlock()
+		return outbox.Outcome{Verdict: outbox.Dead, Apart: apart}
+	}
+	ds := w.began(s.life, r, a, sent)
 	ans := r.answer(a)
+	ans.Apart = apart
 	w.mu.Unlock()
 
 	if ans.after > 0 {
@@ -1015,31 +1029,41 @@ func (s *sender) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {
 		case <-t.C:
 		case <-ctx.Done():
 			ans.Outcome = cut
+			ans.Apart = apart
 		case <-s.dead:
 		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.tracef("sent %v %v", d.deliveryID, ans.Outcome)
+	w.tracef("sent %s %s %v", a.Endpoint.ID, ids(sent), ans.Outcome)
 	if s.isDead() {
 		if rand.IntN(2) == 0 { // it arrived, but nobody heard the answer
-			w.arrive(d, s.life)
+			for _, d := range ds {
+				w.arrive(d, s.life)
+			}
 		}
 		return cut
 	}
 	r.inflight--
-	d.flying--
+	for _, d := range ds {
+		d.flying--
+		switch ans.Verdict {
+		case outbox.Delivered:
+			w.arrive(d, s.life)
+		case outbox.Dead:
+			d.mayDie = true
+		case outbox.Retry:
+			if d.spent++; d.spent > len(a.Endpoint.Retry.Schedule) {
+				d.mayDie = true
+			}
+		}
+	}
 	switch ans.Verdict {
 	case outbox.Delivered:
 		r.failures, r.until, r.probing = 0, time.Time{}, false
-		w.arrive(d, s.life)
 	case outbox.Dead:
 		r.probing = false
-		d.mayDie = true
 	case outbox.Retry:
-		if d.spent++; d.spent > len(a.Endpoint.Retry.Schedule) {
-			d.mayDie = true
-		}
 		if ans.Status == 429 {
 			r.probing = false
 			break
@@ -1081,30 +1105,89 @@ func (w *world) pace(ep *outbox.Endpoint) {
 	}
 }
 
+// takeApart checks a batch and says which of it the sender leaves out: what its receiver calls
+// unfit, and now and then, where there is one who leaves some, what would be too much.
+func (w *world) takeApart(r *receiver, a outbox.Attempt) (sent []*outbox.Event, apart *outbox.Apart) {
+	if n := len(a.Batch); n == 0 || n > a.Endpoint.Batch.MaxEvents || a.Batch[0] != a.Event {
+		w.breakf("a batch of %d events for %s, which takes %d", n, r.endpoint, a.Endpoint.Batch.MaxEvents)
+	}
+	if !slices.IsSortedFunc(a.Batch, func(x, y *outbox.Event) int { return x.Position.Compare(y.Position) }) {
+		w.breakf("%s is not in commit order", ids(a.Batch))
+	}
+	highest := 0
+	for _, e := range a.Batch {
+		if d := w.deliveries[deliveryID{r.endpoint, e.ID}]; d != nil {
+			highest = max(highest, d.spent+1)
+			if d.spent > 0 && d.spent == len(a.Endpoint.Retry.Schedule) && w.crashes == 0 && len(a.Batch) > 1 && time.Now().After(r.changed) {
+				w.breakf("%s: %s has its last attempt with others", ids(a.Batch), e.ID)
+			}
+		}
+		if r.unfit != nil && r.unfit(e) {
+			if apart == nil {
+				apart = &outbox.Apart{}
+			}
+			apart.Unfit = append(apart.Unfit, outbox.Unfit{Event: e, Reason: outbox.ReasonNotJSON})
+			if d := w.deliveries[deliveryID{r.endpoint, e.ID}]; d != nil {
+				d.mayDie, d.unfit = true, true
+			}
+			continue
+		}
+		sent = append(sent, e)
+	}
+	if a.Number > highest || a.Number < highest && w.crashes == 0 {
+		w.breakf("%s is attempted for the %dth time, and should be for the %dth", ids(a.Batch), a.Number, highest)
+	}
+	if n := len(sent); r.leaves > 0 && n > r.leaves && hash(n, sent[0].ID, a.Number)%3 == 0 {
+		if apart == nil {
+			apart = &outbox.Apart{}
+		}
+		sent, apart.Left = sent[:n-r.leaves], sent[n-r.leaves:]
+	}
+	return sent, apart
+}
+
 // began checks that an attempt may be made now.
-func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
+func (w *world) began(l *life, r *receiver, a outbox.Attempt, sent []*outbox.Event) (ds []*delivery) {
 	r.inflight++
 	r.attempts++
 	r.most = max(r.most, r.inflight)
-	w.tries[r.endpoint] = append(w.tries[r.endpoint], a.Event.ID)
+	r.batches = append(r.batches, len(sent))
 	w.pace(a.Endpoint)
-	id := deliveryID{r.endpoint, a.Event.ID}
-	d := w.deliveries[id]
-	if d == nil {
-		w.breakf("%v is sent and was never owed", id)
-		return &delivery{deliveryID: id}
-	}
-	d.flying++
 	now := time.Now()
+	if (a.Batch != nil) != (a.Endpoint.Batch.MaxEvents > 1) {
+		w.breakf("%s: a batch where there is to be none, or none where there is to be one", ids(sent))
+	}
 	if r.inflight > a.Endpoint.Concurrency && now.After(r.changed) {
 		w.breakf("%d attempts at once for %s", r.inflight, r.endpoint)
 	}
 	if now.Sub(w.touched) > 15*time.Second {
-		w.breakf("%v is sent although Postgres was last heard of %v ago", id, now.Sub(w.touched))
+		w.breakf("%s is sent although Postgres was last heard of %v ago", ids(sent), now.Sub(w.touched))
 	}
 	if !r.paused.IsZero() && now.After(r.paused) {
-		w.breakf("%v is sent to an endpoint that does not want anything since %v", id, r.paused)
+		w.breakf("%s is sent to an endpoint that does not want anything since %v", ids(sent), r.paused)
 	}
+	mates := map[*delivery]bool{}
+	for _, e := range sent {
+		w.tries[r.endpoint] = append(w.tries[r.endpoint], e.ID)
+		id := deliveryID{r.endpoint, e.ID}
+		d := w.deliveries[id]
+		if d == nil {
+			w.breakf("%v is sent and was never owed", id)
+			d = &delivery{deliveryID: id}
+		}
+		d.flying++
+		mates[d] = true
+		ds = append(ds, d)
+	}
+	for i, d := range ds {
+		w.begins(d, a, sent[i].Key, mates)
+	}
+	return ds
+}
+
+// begins checks that a delivery may be attempted now, together with others.
+func (w *world) begins(d *delivery, a outbox.Attempt, key string, mates map[*delivery]bool) {
+	id := d.deliveryID
 	if d.flying > 1 && !d.dup {
 		w.breakf("%v is sent twice at once", id)
 	}
@@ -1112,18 +1195,17 @@ func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 		w.breakf("%v is sent again", id)
 	}
 	if d.removed {
-		return d // what was in flight when its endpoint went
+		return // what was in flight when its endpoint went
 	}
 	if a.Number > len(a.Endpoint.Retry.Schedule)+1 {
 		w.breakf("%v is attempted for the %dth time", id, a.Number)
 	}
-	if a.Number > d.spent+1 || a.Number < d.spent+1 && w.crashes == 0 {
+	if a.Batch == nil && (a.Number > d.spent+1 || a.Number < d.spent+1 && w.crashes == 0) {
 		w.breakf("%v is attempted for the %dth time, %d attempts were spent", id, a.Number, d.spent)
 	}
 	if d.ended && !d.dup {
 		w.breakf("%v is sent although it has ended", id)
 	}
-	key := a.Event.Key
 	switch a.Endpoint.Ordering {
 	case outbox.OrderAll:
 		key = "*"
@@ -1131,27 +1213,34 @@ func (w *world) began(l *life, r *receiver, a outbox.Attempt) *delivery {
 		key = ""
 	}
 	if key == "" {
-		return d
+		return
 	}
-	line := w.lines[lineID{r.endpoint, key}]
+	line := w.lines[lineID{d.endpoint, key}]
 	if line == nil { // it is of a time when the endpoint had another ordering
-		return d
+		return
 	}
 	for line.done < len(line.all) && line.all[line.done].ended && line.all[line.done].flying == 0 {
 		line.done++
 	}
 	for _, o := range line.all[line.done:] {
-		if o == d || o.pos.Compare(d.pos) > 0 && o.flying == 0 {
+		if mates[o] || o.pos.Compare(d.pos) > 0 && o.flying == 0 {
 			continue
 		}
 		if o.flying > 0 {
 			w.breakf("%v is sent while %v of its key is in flight", id, o.event)
 		}
-		if o.pos.Compare(d.pos) < 0 && !o.ended {
+		if o.pos.Compare(d.pos) < 0 && !o.ended && !o.unfit { // what is unfit dies whatever is sent meanwhile
 			w.breakf("%v is sent before %v of its key has ended", id, o.event)
 		}
 	}
-	return d
+}
+
+func ids(events []*outbox.Event) string {
+	var all []string
+	for _, e := range events {
+		all = append(all, e.ID)
+	}
+	return strings.Join(all, " ")
 }
 
 func names(rows []outbox.Stored) (ids []string) {

@@ -176,16 +176,20 @@ func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) 
 		return o
 	}
 	defer c.room.leave(t.share)
-	o, effect = c.post(ctx, t, a)
+	if a.Batch != nil {
+		o, effect = c.postBatch(ctx, t, a)
+	} else {
+		o, effect = c.post(ctx, t, a, nil)
+	}
 	return o
 }
 
-// post makes the request, reads the answer and judges it.
-func (c *Client) post(parent context.Context, t *target, a outbox.Attempt) (outbox.Outcome, effect) {
+// post makes the request, of together where that is not nil, reads the answer and judges it.
+func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, together *batch) (outbox.Outcome, effect) {
 	begin := time.Now()
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
-	req, bad := t.request(ctx, a, begin)
+	req, bad := t.request(ctx, a, together, begin)
 	if bad != nil {
 		return bad.outcome(), neither
 	}

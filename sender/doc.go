@@ -10,6 +10,8 @@
 //     answer and what is read of the answer's body, whatever the receiver does.
 //   - The status line decides. A body that hangs, breaks or never ends turns no 2xx into a failure.
 //   - What is signed is what is sent, byte for byte, and a payload is never decoded.
+//   - A batch is one request and one outcome. An event of which no request can be made is left out of
+//     it, told of with its reason, and says nothing of the others.
 //   - A connection that the receiver closed while it was idle costs no attempt: net/http sends
 //     the same request again on a fresh one.
 //   - A circuit hears of each attempt exactly once, also after a panic or a cancel, so a probe

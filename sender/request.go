@@ -85,15 +85,26 @@ func (u *unsendable) outcome() outbox.Outcome {
 	return outbox.Outcome{Verdict: outbox.Dead, Reason: u.reason, Detail: u.detail}
 }
 
-// request renders the attempt as it goes on the wire. Nothing in it is shared with another
-// request but what nobody writes to: net/http's write loop may outlive the attempt.
-func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (*http.Request, *unsendable) {
-	b, contentType, bad := t.render(a.Event)
-	if bad != nil {
-		return nil, bad
-	}
-	if !validID(a.Event.ID) {
-		return nil, &unsendable{outbox.ReasonBadRequest, "the event's id cannot be a webhook-id"}
+// request renders the attempt as it goes on the wire; together is its batch, nil where it has
+// none. Nothing in it is shared with another request but what nobody writes to: net/http's write
+// loop may outlive the attempt.
+func (t *target) request(ctx context.Context, a outbox.Attempt, together *batch, now time.Time) (*http.Request, *unsendable) {
+	id, parent := a.Event.ID, a.Event.Headers
+	var b *body
+	var contentType string
+	if together != nil {
+		id, b, contentType = together.id, together.body, together.contentType
+		if parent = nil; len(together.events) == 1 { // several have no parent in common
+			parent = together.events[0].Headers
+		}
+	} else {
+		var bad *unsendable
+		if b, contentType, bad = t.render(a.Event); bad != nil {
+			return nil, bad
+		}
+		if !validID(id) {
+			return nil, badID
+		}
 	}
 
 	values := make([]string, 0, t.headers) // one allocation for all the values that differ between requests
@@ -108,7 +119,7 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 	}
 	timestamp := strconv.FormatInt(now.Unix(), 10)
 	set("Content-Type", contentType)
-	set(headerID, a.Event.ID)
+	set(headerID, id)
 	set(headerTimestamp, timestamp)
 	set(headerAttempt, strconv.Itoa(a.Number))
 	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
@@ -116,19 +127,22 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, now time.Time) (
 			return nil, bad
 		}
 	}
+	if together != nil && together.ids != "" {
+		set(headerBatchIDs, together.ids)
+	}
 	signatures := t.signatures
 	if until := t.endpoint.PreviousUntil; !until.IsZero() && !now.Before(until) {
 		signatures = t.newest
 	}
 	for i := range signatures {
-		set(signatures[i].header, signatures[i].sign(a.Event.ID, timestamp, b))
+		set(signatures[i].header, signatures[i].sign(id, timestamp, b))
 	}
 	if t.nfeio {
-		set(headerHookID, a.Event.ID)
+		set(headerHookID, id)
 		set(headerHookAttempts, strconv.Itoa(a.Number-1))
 		set(headerContentMD5, contentMD5(b))
 	}
-	if parent := traceparent(a.Event.Headers); parent != "" {
+	if parent := traceparent(parent); parent != "" {
 		set(headerTraceparent, parent)
 	}
 	if long != "" {
@@ -161,9 +175,11 @@ func contentMD5(b *body) string {
 }
 
 var (
-	notJSON = &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
-	noTime  = &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
-	noType  = &unsendable{outbox.ReasonBadRequest, "the event has no type, which CloudEvents demands"}
+	notJSON        = &unsendable{outbox.ReasonNotJSON, "the payload is not JSON; format raw sends it as it is"}
+	noTime         = &unsendable{outbox.ReasonBadRequest, "the event's time has no RFC 3339 form"}
+	notJSONInBatch = &unsendable{outbox.ReasonNotJSON, "the payload is not JSON, and a batch is a JSON array"}
+	badID          = &unsendable{outbox.ReasonBadRequest, "the event's id cannot be a webhook-id"}
+	noType         = &unsendable{outbox.ReasonBadRequest, "the event has no type, which CloudEvents demands"}
 )
 
 // render makes the body of an event in the endpoint's format, and its content type.

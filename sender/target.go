@@ -103,6 +103,17 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	}
 
 	errs = append(errs, checkTransform(&e.Transform)...)
+	if e.Batch.MaxEvents > 1 {
+		if e.Format == outbox.FormatCloudEventsBinary {
+			errs = append(errs, errors.New("batch.max_events: must be 1 with format cloudevents-binary, which has no batches"))
+		}
+		if tr := e.Transform; tr.Form != nil || tr.Headers != nil || tr.URL != nil {
+			errs = append(errs, errors.New("transform: form, headers and url are about one event, and batch.max_events puts several into a request"))
+		}
+	}
+	if e.MaxPayload > 0 && e.Batch.MaxBytes > e.MaxPayload {
+		errs = append(errs, fmt.Errorf("batch.max_bytes: is more than max_payload, which is %d", e.MaxPayload))
+	}
 
 	var wrong []error
 	t.signatures, wrong = parseSigning(e)
@@ -111,6 +122,9 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	t.headers = 5 + len(t.signatures)
 	if t.nfeio {
 		t.headers += 3
+	}
+	if e.Batch.MaxEvents > 1 {
+		t.headers++
 	}
 	if e.Format == outbox.FormatCloudEventsBinary {
 		t.headers += len(attributeHeaders)

@@ -445,8 +445,9 @@ func (l *loader) endpointFields(e *outbox.Endpoint) []field {
 		{"rate_limit", l.rateLimit(&e.RateLimit)},
 		{"batch", func(v value) {
 			l.section(v,
-				field{"max_events", l.later("1")},
-				field{"linger", l.later("0s", "0")})
+				field{"max_events", l.integer(&e.Batch.MaxEvents, 1, 1000)},
+				field{"max_bytes", l.size(&e.Batch.MaxBytes, 1, 1<<30)},
+				field{"linger", l.duration(&e.Batch.Linger, 0, time.Minute)})
 		}},
 		{"retry", func(v value) {
 			l.section(v,

@@ -821,29 +821,6 @@ func (l *loader) isOneOf(v value, names ...string) bool {
 	return wrong == (Problem{}) && slices.Contains(names, s.text)
 }
 
-// later is a key that this version knows of but does not act on. Its defaults are accepted,
-// so that a full file may be written out; the rest is refused, since a setting that is
-// ignored is worse than none. An empty default stands for an empty section or list too.
-func (l *loader) later(defaults ...string) func(value) {
-	return func(v value) {
-		none := isNull(v)
-		switch n := v.node.(type) {
-		case *ast.MappingNode:
-			none = len(n.Values) == 0
-		case *ast.SequenceNode:
-			none = len(n.Values) == 0
-		}
-		if none && slices.Contains(defaults, "") || l.isOneOf(v, defaults...) {
-			return
-		}
-		allowed := strings.Join(defaults, ", ")
-		if allowed == "" {
-			allowed = "leave it out"
-		}
-		l.problem(v, "is not yet supported", allowed)
-	}
-}
-
 func (l *loader) boolean(dst *bool) func(value) {
 	return func(v value) {
 		s, ok := l.scalar(v, public)
