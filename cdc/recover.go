@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -322,16 +321,12 @@ func (s *Stream) fill(ctx context.Context, sql *pgx.Conn, session Session, sv *S
 // order of a serial id, else of the table.
 func (s *Stream) fillTable(ctx context.Context, sql *pgx.Conn, fill Fill, f *Found, where string, begin LSN, p *progress) error {
 	rel := f.Relation()
-	columns := make([]string, len(rel.Columns))
-	for i, c := range rel.Columns {
-		columns[i] = quoteName(c.Name)
-	}
-	order := "tableoid, ctid"
+	var order []string
 	if by := fill.Order(rel); by != "" {
-		order = quoteName(by) + ", " + order
+		order = []string{by}
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	results := sql.PgConn().Exec(ctx, "select "+strings.Join(columns, ", ")+" from "+f.from()+where+" order by "+order)
+	results := sql.PgConn().Exec(ctx, f.selection(rel, where, order...))
 	defer func() { _ = results.Close() }()
 	defer cancel() // before Close, which else would read what is left of the table
 	for results.NextResult() {

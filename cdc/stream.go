@@ -35,6 +35,13 @@ type Config struct {
 	MaxRecovery int      // rows that RecoverMissed sends without a question
 	MaxStall    time.Duration
 	Logger      *zap.Logger
+
+	// Notified, if set, hears of every NOTIFY on Channel while the slot is ours, and once when the
+	// listening begins, for what came before. It must not wait.
+	Channel  string
+	Notified func()
+
+	temporary bool // the slot ends with the connection
 }
 
 // Mirror names a table of which every change is handed on, not inserts alone, in commit order with
@@ -740,7 +747,7 @@ func (s *Stream) createSlot(ctx context.Context, conn *pgconn.PgConn, sv *Survey
 	var telling sync.WaitGroup
 	telling.Go(func() { s.tellWait(tell, conn.PID()) })
 	res, err := pglogrepl.CreateReplicationSlot(ctx, conn, s.cfg.Slot, "pgoutput", pglogrepl.CreateReplicationSlotOptions{
-		Mode: pglogrepl.LogicalReplication, SnapshotAction: action,
+		Mode: pglogrepl.LogicalReplication, SnapshotAction: action, Temporary: s.cfg.temporary,
 	})
 	done()
 	telling.Wait()
@@ -901,11 +908,9 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, began *Survey, rec
 	if err := patient(ctx, conn.PgConn()); err != nil {
 		return err
 	}
+	s.listen(ctx, conn)
 	for {
-		look, cancel := context.WithTimeout(ctx, s.limits.survey)
-		_, err := conn.WaitForNotification(look) // none ever comes
-		cancel()
-		if !pgconn.Timeout(err) || ctx.Err() != nil {
+		if err := s.awaitNotices(ctx, conn); !pgconn.Timeout(err) || ctx.Err() != nil {
 			return err
 		}
 		ask, cancel := context.WithTimeout(ctx, s.limits.open)
@@ -927,6 +932,32 @@ func (s *Stream) watchOn(ctx context.Context, conn *pgx.Conn, began *Survey, rec
 		s.book.Proven(sv.at)
 		if err := s.awaitStandby(ctx, conn, sv); err != nil {
 			return err
+		}
+	}
+}
+
+// listen has conn hear of what is said on the channel. Where it cannot, the stream does without.
+func (s *Stream) listen(ctx context.Context, conn *pgx.Conn) {
+	if s.cfg.Notified == nil {
+		return
+	}
+	if _, err := conn.Exec(ctx, "listen "+quoteName(s.cfg.Channel)); err != nil && ctx.Err() == nil {
+		s.log.Warn("notices cannot be listened for", zap.String("channel", s.cfg.Channel), zap.Error(redact(err)))
+	}
+	s.cfg.Notified()
+}
+
+// awaitNotices passes on what is said on the channel until the next look at the catalogue is due.
+// It never returns nil.
+func (s *Stream) awaitNotices(ctx context.Context, conn *pgx.Conn) error {
+	look, cancel := context.WithTimeout(ctx, s.limits.survey)
+	defer cancel()
+	for {
+		if _, err := conn.WaitForNotification(look); err != nil {
+			return err
+		}
+		if s.cfg.Notified != nil {
+			s.cfg.Notified()
 		}
 	}
 }

@@ -10,7 +10,8 @@ type Attempt struct {
 	Event    *Event
 	Batch    []*Event // all events of the request in commit order, Event the first; nil where the endpoint takes no batches
 	Endpoint *Endpoint
-	Number   int // from 1, over all restarts; of a batch, the highest of its events
+	Number   int  // from 1, over all restarts; of a batch, the highest of its events
+	Replay   bool // somebody asked for the event once more
 }
 
 // Sender makes one attempt and judges its answer. It waits for nothing but the network,

@@ -116,6 +116,9 @@ func (r *Registry) Endpoints() []*Endpoint {
 	return inTurn(all)
 }
 
+// Wants lists the endpoints that want an event, by all that they say of it.
+func (r *Registry) Wants(e *Event) []*Endpoint { return r.Match(e.Tenant, e.Type) }
+
 // Match lists the endpoints that want events of that tenant and type. Tenants come first and
 // fail closed: an endpoint without a tenant gets only events without one.
 func (r *Registry) Match(tenant, eventType string) []*Endpoint {

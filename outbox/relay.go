@@ -101,6 +101,7 @@ type Relay struct {
 	heard  atomic.Pointer[time.Time] // when Postgres was last heard of
 	lapsed atomic.Bool               // a lane waits for the lease, or for the stream, and is to be woken
 	caught atomic.Bool               // the stream has come to where the WAL ended when we took the slot
+	counts chan struct{}             // holds one while a recount is wanted before its time
 	aside  sync.WaitGroup            // endpoints being disabled or removed
 	paces  paces
 
@@ -143,6 +144,7 @@ func New(cfg Config) (*Relay, error) {
 		leaving:  map[string]chan struct{}{},
 		routes:   map[route][]*Lane{},
 		told:     map[string]bool{},
+		counts:   make(chan struct{}, 1),
 	}
 	r.journal = newJournal(cfg.Store, r.log)
 	if cfg.Roll != nil {
@@ -322,6 +324,8 @@ func (r *Relay) look(ctx context.Context, src Stream) error {
 		case <-every.C:
 			w.look(ctx)
 		case <-recount.C:
+			r.recount(ctx)
+		case <-r.counts:
 			r.recount(ctx)
 		}
 	}
@@ -521,6 +525,15 @@ func (r *Relay) Leave(ctx context.Context) {
 	}
 	if err := c.save(ctx, true); err != nil {
 		r.log.Warn("another instance has taken the slot", zap.Error(err))
+	}
+}
+
+// RecountSoon has the lanes look soon at what the store holds, because somebody else has changed it.
+// They do so by themselves within 30 s.
+func (r *Relay) RecountSoon() {
+	select {
+	case r.counts <- struct{}{}:
+	default:
 	}
 }
 
@@ -752,7 +765,7 @@ func (r *Relay) clear(ctx context.Context, endpointID string, before *cdc.Positi
 	if before == nil {
 		return r.bury(ctx, endpointID)
 	}
-	n, err := r.cfg.Roll.Discard(ctx, endpointID, *before)
+	n, err := r.cfg.Roll.Drop(ctx, endpointID, *before)
 	switch {
 	case err != nil:
 		r.log.Error("parked deliveries of an endpoint that was removed could not be discarded", zap.String("endpoint", endpointID), zap.Error(err))
@@ -835,10 +848,11 @@ func (r *Relay) open(ctx context.Context) error {
 		r.backlog[b.EndpointID] = b
 	}
 	r.mu.Unlock()
+	r.metrics.lane("").dead.Store(0) // the series are there before the first row that cannot be mapped
 	for _, b := range backlogs {
 		if since := r.registeredSince(b.EndpointID); since != (cdc.Position{}) {
 			// An endpoint of its id was there before, and what was parked for that one may be there still.
-			if _, err := r.cfg.Roll.Discard(ctx, b.EndpointID, since); err != nil {
+			if _, err := r.cfg.Roll.Drop(ctx, b.EndpointID, since); err != nil {
 				return err
 			}
 		}

@@ -65,8 +65,8 @@ type Roll interface {
 	// SetStatus marks a registration. It does nothing where that is its status already, and fails
 	// with ErrNoEndpoint where there is none.
 	SetStatus(ctx context.Context, endpointID string, status Status, reason string) error
-	// Discard drops what is parked for an endpoint of events before a position.
-	Discard(ctx context.Context, endpointID string, before cdc.Position) (int64, error)
+	// Drop discards what is parked for an endpoint of events before a position.
+	Drop(ctx context.Context, endpointID string, before cdc.Position) (int64, error)
 }
 
 // ErrNoEndpoint is what a Roll answers that knows no endpoint of an id.

@@ -31,13 +31,13 @@ type batch struct {
 
 // postBatch is post for a batch. What can be said of one event alone, because no request can be
 // made of it, says nothing of the others.
-func (c *Client) postBatch(ctx context.Context, t *target, a outbox.Attempt) (outbox.Outcome, effect) {
+func (c *Client) postBatch(ctx context.Context, t *target, a outbox.Attempt, seen *Exchange) (outbox.Outcome, effect) {
 	b := t.batch(a.Batch)
 	if len(b.events) == 0 {
 		first := b.apart.Unfit[0]
 		return outbox.Outcome{Verdict: outbox.Dead, Reason: first.Reason, Detail: first.Detail, Apart: b.apart}, neither
 	}
-	o, effect := c.post(ctx, t, a, b)
+	o, effect := c.post(ctx, t, a, b, seen)
 	o.Apart = b.apart
 	return o, effect
 }

@@ -147,7 +147,12 @@ func New(cfg Config) (*Client, error) {
 // Send makes one attempt and judges it. It returns within the endpoint's timeout, and at once
 // where the circuit is open. While this host has no place for one more attempt, it waits up to
 // roomWait for one before all that.
-func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) {
+func (c *Client) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {
+	return c.send(ctx, a, nil)
+}
+
+// send is Send; what goes over the wire is noted in seen, where that is not nil.
+func (c *Client) send(ctx context.Context, a outbox.Attempt, seen *Exchange) (o outbox.Outcome) {
 	t, err := c.target(a.Endpoint)
 	if err != nil {
 		// The registry lets no such endpoint through; if one comes, its events are worth keeping.
@@ -177,15 +182,15 @@ func (c *Client) Send(ctx context.Context, a outbox.Attempt) (o outbox.Outcome) 
 	}
 	defer c.room.leave(t.share)
 	if a.Batch != nil {
-		o, effect = c.postBatch(ctx, t, a)
+		o, effect = c.postBatch(ctx, t, a, seen)
 	} else {
-		o, effect = c.post(ctx, t, a, nil)
+		o, effect = c.post(ctx, t, a, nil, seen)
 	}
 	return o
 }
 
 // post makes the request, of together where that is not nil, reads the answer and judges it.
-func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, together *batch) (outbox.Outcome, effect) {
+func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, together *batch, seen *Exchange) (outbox.Outcome, effect) {
 	begin := time.Now()
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
@@ -199,6 +204,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
 	defer timer.Stop()
 
+	seen.asked(t, req)
 	defer t.pool.used()
 	token, err := t.authorize(ctx, req)
 	var res *http.Response
@@ -233,6 +239,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	if t.endpoint.Timeout-now.Sub(begin) > bodyTime {
 		timer.Reset(bodyTime)
 	}
+	seen.answered(res)
 	drain(res)
 	return o, effect
 }

@@ -26,6 +26,7 @@ const (
 	headerTimestamp   = "webhook-timestamp"
 	headerSignature   = "webhook-signature"
 	headerAttempt     = "webhook-attempt"
+	headerReplay      = "webhook-replay"
 	headerTraceparent = "traceparent"
 
 	// What NFE.io sends beside its signatures, spelled as it does.
@@ -122,6 +123,9 @@ func (t *target) request(ctx context.Context, a outbox.Attempt, together *batch,
 	set(headerID, id)
 	set(headerTimestamp, timestamp)
 	set(headerAttempt, strconv.Itoa(a.Number))
+	if a.Replay {
+		set(headerReplay, "true")
+	}
 	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
 		if bad := t.setAttributes(set, a.Event); bad != nil {
 			return nil, bad

@@ -119,7 +119,7 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	t.signatures, wrong = parseSigning(e)
 	errs = append(errs, wrong...)
 	t.nfeio = e.SignsBy(outbox.SchemeNFEio)
-	t.headers = 5 + len(t.signatures)
+	t.headers = 6 + len(t.signatures)
 	if t.nfeio {
 		t.headers += 3
 	}

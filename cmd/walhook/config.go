@@ -88,7 +88,7 @@ type Log struct {
 }
 
 // defaultConfig is the configuration before the file is read; what has no default there
-// (database.url, outbox, endpoints) is demanded by the loader.
+// (database.url, outbox) is demanded by the loader.
 func defaultConfig() *Config {
 	return &Config{
 		CDC: CDC{
@@ -211,10 +211,8 @@ func (l *loader) config(root value, c *Config) {
 	if seen["defaults"] {
 		sound = l.defaults(defaults, endpoints, &c.Defaults)
 	}
-	if seen["endpoints"] {
+	if seen["endpoints"] { // there may be none: apps register theirs in walhook.endpoints
 		c.Endpoints = l.endpoints(endpoints, c.Defaults, sound, c.environment)
-	} else {
-		l.missing(root, "endpoints", "a list of endpoints, as in [{url: \"https://…\"}]")
 	}
 }
 
@@ -375,10 +373,7 @@ func (l *loader) eachSays(key string, list value) bool {
 // endpoints reads the endpoints of the file, each over the defaults. What is wrong with those
 // is not said again for each.
 func (l *loader) endpoints(v value, defaults outbox.Endpoint, defaultsSound bool, environment func(*url.URL) (*url.URL, error)) []*outbox.Endpoint {
-	items, ok := l.items(v)
-	if ok && len(items) == 0 {
-		l.problem(v, "is empty", "one endpoint or more, as in [{url: \"https://…\"}]")
-	}
+	items, _ := l.items(v)
 	all := make([]*outbox.Endpoint, 0, len(items))
 	first := make(map[string]value)
 	groups := make(outbox.Groups)

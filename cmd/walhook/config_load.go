@@ -600,6 +600,9 @@ func (l *loader) peek(v value) (scalar, Problem) {
 	if !ok {
 		return scalar{}, Problem{Text: "is " + kind(v) + ", not a single value"}
 	}
+	if l.literal {
+		return scalar{text: text}, Problem{}
+	}
 	return l.substitute(text)
 }
 

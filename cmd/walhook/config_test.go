@@ -547,3 +547,14 @@ func FuzzLoadConfig(f *testing.F) {
 		}
 	})
 }
+
+func TestEndpointsMayAllStandInTheTable(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"", "endpoints:\n", "endpoints: []\n", "defaults: {timeout: 3s}\n"} {
+		path := filepath.Join(t.TempDir(), "walhook.yaml")
+		require.NoError(t, os.WriteFile(path, []byte("database: {url: \"postgres://app@localhost/shop\"}\noutbox: [{table: public.outbox}]\n"+text), 0o600))
+		cfg, err := LoadConfig(path, noEnv)
+		require.NoError(t, err, text)
+		require.Empty(t, cfg.Endpoints)
+	}
+}

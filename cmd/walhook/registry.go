@@ -22,14 +22,20 @@ func registryPublication(publication string) string {
 	return publication[:min(len(publication), 63-len(suffix))] + suffix
 }
 
+// rowKeys are the settings that have a column of their own.
+var rowKeys = []string{"id", "url", "tenant", "events", "filter", "secrets"}
+
 // parseRegistered makes an endpoint of a row of walhook.endpoints, by the rules of the file and over its
 // defaults. Nothing in a row is more than it says: other people write them, so no variable is put in. The error
 // tells its writer what is wrong, a line a mistake.
-func parseRegistered(defaults outbox.Endpoint, row outbox.Registration) (*outbox.Endpoint, error) {
+func parseRegistered(cfg *Config, row outbox.Registration) (*outbox.Endpoint, error) {
 	l := &loader{literal: true}
 	settings, err := readObject(row.Settings)
 	if err != nil {
 		return nil, errors.New("settings: is not a JSON object")
+	}
+	if strings.ContainsFunc(row.URL+row.Tenant+row.Filter+strings.Join(row.Events, "")+string(row.Settings), isMask) {
+		return nil, errors.New("holds characters of a private plane that no setting needs")
 	}
 	var problems []string
 	own := map[string]any{"id": row.ID, "url": row.URL}
@@ -50,21 +56,26 @@ func parseRegistered(defaults outbox.Endpoint, row outbox.Registration) (*outbox
 		own["secrets"] = texts(secrets)
 	}
 	for _, key := range slices.Sorted(maps.Keys(settings)) {
-		if slices.Contains([]string{"id", "url", "tenant", "events", "filter", "secrets"}, key) {
+		if slices.Contains(rowKeys, key) {
 			problems = append(problems, "settings."+key+": has a column of its own")
 			continue
 		}
 		own[key] = settings[key]
 	}
-	base := defaults
-	base.Origin, base.Tenant = outbox.FromTable, "" // whose events it gets is the row's to say, never a default's
-	e, sound := l.endpoint(value{node: jsonNode(own)}, base)
-	e.Origin = outbox.FromTable
+	base := cfg.stranger()
+	base.Tenant, base.Network = "", outbox.Network{} // whose events it gets is the row's to say, never a default's
+	root := value{node: jsonNode(own)}
+	e, sound := l.endpoint(root, base)
+	e.Network = narrow(cfg.Defaults.Network, e.Network)
 	if sound && len(problems) == 0 {
+		if err := proxied(&e, cfg.environment); err != nil {
+			l.foreign(root, err)
+		}
 		if err := sender.Validate(e); err != nil {
-			l.foreign(value{node: jsonNode(own)}, err)
+			l.foreign(root, err)
 		}
 	}
+	e.PreviousUntil = row.SecretsEnd
 	for _, p := range l.problems {
 		text := strings.TrimPrefix(p.Key, ".")
 		if text != "" {
@@ -78,6 +89,9 @@ func parseRegistered(defaults outbox.Endpoint, row outbox.Registration) (*outbox
 	}
 	if len(problems) > 0 {
 		return nil, errors.New(strings.Join(problems, "\n"))
+	}
+	if row.Status != "" {
+		e.Status = row.Status
 	}
 	return &e, nil
 }

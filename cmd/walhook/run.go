@@ -227,7 +227,7 @@ func (s *sidecar) reload(ctx context.Context, path string) inputs {
 	if p == nil {
 		return read
 	}
-	if err := p.setEndpoints(ctx, cfg.Defaults, cfg.Endpoints); err != nil {
+	if err := p.setEndpoints(ctx, cfg, cfg.Endpoints); err != nil {
 		s.log.Error("the endpoints could not be taken up, the old ones stay in force", zap.Error(err))
 		return read
 	}
@@ -255,14 +255,17 @@ type pipeline struct {
 	stream *cdc.Stream
 	claims *claims
 
-	mu        sync.Mutex      // guards what follows
-	preparing error           // why the stream has not started yet
-	base      outbox.Endpoint // what every endpoint is before its own settings
+	nudged chan struct{} // holds one while a command wants us to look
+
+	mu        sync.Mutex            // guards what follows
+	preparing error                 // why the stream has not started yet
+	cfg       *Config               // whose defaults endpoints of the table stand on
+	states    []store.EndpointState // that are in force
 	endpoints []*outbox.Endpoint
 }
 
 func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
-	p := &pipeline{log: log, reg: prometheus.NewRegistry(), base: cfg.Defaults, endpoints: cfg.Endpoints}
+	p := &pipeline{log: log, reg: prometheus.NewRegistry(), cfg: cfg, endpoints: cfg.Endpoints, nudged: make(chan struct{}, 1)}
 	mapper, err := outbox.NewMapper(cfg.Outbox)
 	if err != nil {
 		return nil, failed{err, exitUsage}
@@ -277,27 +280,35 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 	room := hostLimits()
 	p.client, err = sender.New(sender.Config{
 		Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
-		Source: "/walhook/" + cfg.CDC.Instance + "/" + cfg.CDC.Slot,
+		Source: eventSource(cfg),
 	})
 	if err != nil {
 		return nil, err
 	}
-	p.claims = &claims{store: p.store}
+	p.claims = &claims{store: p.store, gave: func(st store.EndpointState) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.states = append(slices.Clone(p.states), st)
+	}}
 	p.relay, err = outbox.New(outbox.Config{
 		Mapper: mapper, Store: p.store, Claims: p.claims, Sender: p.client, Endpoints: cfg.Endpoints,
 		MaxEvents: cfg.Buffer.Events, MaxBytes: cfg.Buffer.Bytes, SpillAfter: cfg.Buffer.SpillAfter,
 		Logger: log, Registerer: p.reg,
-		Roll: p.store, Register: func(g outbox.Registration) (*outbox.Endpoint, error) { return parseRegistered(p.defaults(), g) },
+		Roll: p.store, Register: func(g outbox.Registration) (*outbox.Endpoint, error) { return parseRegistered(p.config(), g) },
 	})
 	if err != nil {
 		return nil, failed{err, exitUsage}
 	}
 	stream := streamConfig(cfg, func() (string, error) { return url(true) }, log)
 	stream.Once = once
+	stream.Channel, stream.Notified = store.Channel, p.notified
 	p.stream = cdc.New(stream, p.relay, p.claims)
 	p.export()
 	return p, nil
 }
+
+// eventSource is where events come from, as CloudEvents calls it.
+func eventSource(cfg *Config) string { return "/walhook/" + cfg.CDC.Instance + "/" + cfg.CDC.Slot }
 
 // streamConfig is the part of the configuration that the stream reads.
 func streamConfig(cfg *Config, url func() (string, error), log *zap.Logger) cdc.Config {
@@ -332,10 +343,15 @@ func (p *pipeline) run(ctx context.Context) error {
 	if !p.prepare(ctx) {
 		return nil
 	}
-	if err := p.setEndpoints(ctx, p.defaults(), p.fileEndpoints()); err != nil {
+	if err := p.setEndpoints(ctx, p.config(), p.fileEndpoints()); err != nil {
 		return err
 	}
+	listening, stop := context.WithCancel(ctx)
+	var listener sync.WaitGroup
+	listener.Go(func() { p.listen(listening) })
 	err := p.relay.Run(ctx, p.stream, gracePeriod)
+	stop()
+	listener.Wait()
 	var fault *cdc.Fault
 	if errors.As(err, &fault) && fault.Config {
 		return failed{err, exitUsage}
@@ -375,10 +391,10 @@ func (p *pipeline) prepare(ctx context.Context) bool {
 	}
 }
 
-func (p *pipeline) defaults() outbox.Endpoint {
+func (p *pipeline) config() *Config {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.base
+	return p.cfg
 }
 
 func (p *pipeline) fileEndpoints() []*outbox.Endpoint {
@@ -387,10 +403,45 @@ func (p *pipeline) fileEndpoints() []*outbox.Endpoint {
 	return p.endpoints
 }
 
+// notified hears that a command may have changed something.
+func (p *pipeline) notified() {
+	select {
+	case p.nudged <- struct{}{}:
+	default:
+	}
+}
+
+// listen takes up what commands have changed: statuses of endpoints of the file, and deliveries.
+func (p *pipeline) listen(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.nudged:
+		}
+		p.relay.RecountSoon()
+		states, err := p.store.LoadEndpointStates(ctx)
+		p.mu.Lock()
+		before := p.states
+		p.mu.Unlock()
+		if err != nil || slices.Equal(states, before) {
+			continue
+		}
+		for _, was := range before {
+			if !slices.ContainsFunc(states, func(s store.EndpointState) bool { return s.EndpointID == was.EndpointID }) {
+				p.log.Info("endpoint is enabled again", zap.String("endpoint", was.EndpointID))
+			}
+		}
+		if err := p.setEndpoints(ctx, p.config(), p.fileEndpoints()); err != nil {
+			p.log.Error("the statuses of endpoints could not be taken up", zap.Error(err))
+		}
+	}
+}
+
 // setEndpoints takes up the endpoints of the file, with the statuses that we gave them ourselves.
-func (p *pipeline) setEndpoints(ctx context.Context, defaults outbox.Endpoint, eps []*outbox.Endpoint) error {
+func (p *pipeline) setEndpoints(ctx context.Context, cfg *Config, eps []*outbox.Endpoint) error {
 	p.mu.Lock()
-	p.base, p.endpoints = defaults, eps
+	p.cfg, p.endpoints = cfg, eps
 	waiting := p.preparing
 	p.mu.Unlock()
 	if waiting != nil {
@@ -399,6 +450,10 @@ func (p *pipeline) setEndpoints(ctx context.Context, defaults outbox.Endpoint, e
 	states, err := p.store.LoadEndpointStates(ctx)
 	if err != nil {
 		p.log.Warn("the statuses of endpoints cannot be read", zap.Error(err))
+	} else {
+		p.mu.Lock()
+		p.states = states
+		p.mu.Unlock()
 	}
 	out := make([]*outbox.Endpoint, len(eps))
 	for i, ep := range eps {
@@ -500,6 +555,7 @@ func (s *streamState) Collect(ch chan<- prometheus.Metric) {
 // claims gives the stream and the relay the record of who holds the slot and how far it is settled.
 type claims struct {
 	store *store.Store
+	gave  func(store.EndpointState) // hears of statuses that we gave
 
 	mu    sync.Mutex // guards epoch
 	epoch int64      // of our last claim; zero before the first
@@ -574,5 +630,10 @@ func copyFault(err error) error {
 func (c *claims) Alone(ctx context.Context) (bool, error) { return c.store.Alone(ctx) }
 
 func (c *claims) SetStatus(ctx context.Context, endpointID string, status outbox.Status, reason string) error {
-	return c.store.SaveEndpointState(ctx, store.EndpointState{EndpointID: endpointID, Status: status, Reason: reason, Since: time.Now()})
+	st := store.EndpointState{EndpointID: endpointID, Status: status, Reason: reason, Since: time.Now()}
+	if err := c.store.SaveEndpointState(ctx, st); err != nil {
+		return err
+	}
+	c.gave(st)
+	return nil
 }

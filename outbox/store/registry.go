@@ -238,9 +238,9 @@ and (commit_lsn, ordinal) < ($2::text::pg_lsn, $3::bigint)
 order by commit_lsn, ordinal
 limit $4`
 
-// Discard drops what is parked for an endpoint of events before a position, and the content that nobody
+// Drop discards what is parked for an endpoint of events before a position, and the content that nobody
 // else needs.
-func (s *Store) Discard(ctx context.Context, endpointID string, before cdc.Position) (total int64, err error) {
+func (s *Store) Drop(ctx context.Context, endpointID string, before cdc.Position) (total int64, err error) {
 	endpointID = clean(endpointID)
 	for {
 		var gone []outbox.Change

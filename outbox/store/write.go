@@ -280,6 +280,12 @@ func removeSteps(gone []outbox.Change) (steps []step) {
 		}
 		steps = append(steps, step{what: "delete deliveries", sql: deleteDeliveries, args: []any{endpoints, ids}})
 	}
+	return append(steps, removeEventsSteps(gone)...)
+}
+
+// removeEventsSteps delete the events of deliveries that were deleted before them, where no other
+// delivery needs them.
+func removeEventsSteps(gone []outbox.Change) (steps []step) {
 	ids := make([]string, len(gone))
 	for i, c := range gone {
 		ids[i] = clean(c.Event.ID)
