@@ -14,6 +14,7 @@ import (
 	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/outbox"
 	"github.com/walhook/walhook/outbox/outboxtest"
+	"github.com/walhook/walhook/outbox/rule"
 )
 
 func BenchmarkLedger(b *testing.B) {
@@ -109,19 +110,28 @@ func BenchmarkRelayHotPath(b *testing.B) {
 		keys      int
 		endpoints int
 		ordering  outbox.Ordering
+		filter    string
 	}{
-		{"Unkeyed", 0, 1, outbox.OrderKey},
-		{"Keys1000", 1000, 1, outbox.OrderKey},
-		{"OneKey", 1, 1, outbox.OrderKey},
-		{"All", 1000, 1, outbox.OrderAll},
-		{"Keys1000Endpoints10", 1000, 10, outbox.OrderKey},
+		{"Unkeyed", 0, 1, outbox.OrderKey, ""},
+		{"Keys1000", 1000, 1, outbox.OrderKey, ""},
+		{"OneKey", 1, 1, outbox.OrderKey, ""},
+		{"All", 1000, 1, outbox.OrderAll, ""},
+		{"Keys1000Endpoints10", 1000, 10, outbox.OrderKey, ""},
+		{"FilterOnType", 1000, 1, outbox.OrderKey, "type == 'order.created'"},
+		{"FilterOnData", 1000, 1, outbox.OrderKey, "data.amount > 10.0"},
+		{"FilterOnDataEndpoints10", 1000, 10, outbox.OrderKey, "data.amount > 10.0"},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			m, err := outbox.NewMapper([]outbox.Source{{Table: "public.outbox"}})
 			require.NoError(b, err)
+			var wants *rule.Filter
+			if c.filter != "" {
+				wants, err = rule.CompileFilter(c.filter)
+				require.NoError(b, err)
+			}
 			var endpoints []*outbox.Endpoint
 			for i := range c.endpoints {
-				endpoints = append(endpoints, endpoint("e"+strconv.Itoa(i), func(e *outbox.Endpoint) { e.Ordering, e.Concurrency = c.ordering, 64 }))
+				endpoints = append(endpoints, endpoint("e"+strconv.Itoa(i), func(e *outbox.Endpoint) { e.Ordering, e.Concurrency, e.Filter = c.ordering, 64, wants }))
 			}
 			keys := make([][]byte, max(1, c.keys))
 			for i := range keys {
