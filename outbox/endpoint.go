@@ -188,29 +188,29 @@ type Transform struct {
 }
 
 // rules tells whether there is a transform at all, and whether it may look into the event's JSON.
-func (t *Transform) rules() (any, parses bool) {
+func (t *Transform) rules() (some, parses bool) {
 	if t.Body != nil {
-		any, parses = true, parses || t.Body.Parses()
+		some, parses = true, parses || t.Body.Parses()
 	}
 	if t.Form != nil {
-		any, parses = true, parses || t.Form.Parses()
+		some, parses = true, parses || t.Form.Parses()
 	}
 	if t.Headers != nil {
-		any, parses = true, parses || t.Headers.Parses()
+		some, parses = true, parses || t.Headers.Parses()
 	}
 	if t.URL != nil {
-		any, parses = true, parses || t.URL.Parses()
+		some, parses = true, parses || t.URL.Parses()
 	}
-	return any, parses
+	return some, parses
 }
 
 // rules tells whether the endpoint has rules, and whether they may look into an event's JSON.
-func (ep *Endpoint) rules() (any, parses bool) {
-	any, parses = ep.Transform.rules()
+func (ep *Endpoint) rules() (some, parses bool) {
+	some, parses = ep.Transform.rules()
 	if ep.Filter != nil {
-		any, parses = true, parses || ep.Filter.Parses()
+		some, parses = true, parses || ep.Filter.Parses()
 	}
-	return any, parses
+	return some, parses
 }
 
 // RetryPolicy says when a failed delivery is tried again and when it is given up.

@@ -55,8 +55,8 @@ func (e *Event) View() *rule.Event {
 
 // prepare makes the view that the rules of an endpoint share. It is called before anybody else has the event.
 func (e *Event) prepare(ep *Endpoint) {
-	any, parses := ep.rules()
-	if any && e.view == nil {
+	some, parses := ep.rules()
+	if some && e.view == nil {
 		e.view = e.View()
 	}
 	e.parses = e.parses || parses

@@ -67,10 +67,10 @@ func (f *fill) Row(ctx context.Context, row *cdc.Row) error {
 		before := len(f.changes)
 		for _, ep := range to {
 			c := Change{EndpointID: ep.ID, Event: ev, OrderKey: ep.orderKey(ev), Insert: true, State: StateParked, Reason: ReasonSnapshot}
-			switch wants, err := wants(ev, ep); {
+			switch yes, err := wants(ev, ep); {
 			case err != nil:
 				c.State, c.Reason, c.Detail = StateDead, ReasonFilter, filterDetail(err)
-			case !wants:
+			case !yes:
 				continue
 			}
 			f.put(c)

@@ -21,6 +21,7 @@ const (
 	weighed  = "@weighed"
 	inside   = "@inside"   // weighed, and without a Number in it
 	elements = "@elements" // inside of a list; a map as it is, as in looks only for a key of it
+	matched  = "@matched"  // a text that a regular expression reads, at the price of that
 )
 
 var guards = []cel.EnvOption{
@@ -31,17 +32,23 @@ var guards = []cel.EnvOption{
 		return v
 	}),
 	guardFunction(weighed, func(v ref.Val) ref.Val { return v }),
-	guardFunction(inside, func(v ref.Val) ref.Val {
-		left := maxCost
-		return plainly(v, &left)
-	}),
+	guardFunction(matched, func(v ref.Val) ref.Val { return v }),
+	guardFunction(inside, within),
 	guardFunction(elements, func(v ref.Val) ref.Val {
 		if _, ok := v.(traits.Mapper); ok {
 			return v
 		}
-		left := maxCost
-		return plainly(v, &left)
+		return within(v)
 	}),
+}
+
+// within is v without a Number in it. What weighs too much is not copied: the guard's price ends
+// the evaluation.
+func within(v ref.Val) ref.Val {
+	if *price(v) > maxCost {
+		return v
+	}
+	return plainly(v)
 }
 
 func guardFunction(name string, binding func(ref.Val) ref.Val) cel.EnvOption {
@@ -55,7 +62,7 @@ var handsOn = []string{
 	operators.NotStrictlyFalse, operators.OptSelect,
 	"optional.of", "optional.none", "or", "orValue", "value", "hasValue",
 	overloads.Size, overloads.TypeConvertDyn, overloads.TypeConvertString,
-	asNumber, weighed, inside, elements,
+	asNumber, weighed, inside, elements, matched,
 }
 
 // guardFor names the guard before an argument; empty where there is none.
@@ -74,6 +81,10 @@ func guardFor(function string, arg int) string {
 		}
 	case "slice", "flatten", "reverse", "first", "last", "optional.unwrap", "unwrapOpt", "json.encode":
 		return weighed
+	case overloads.Matches:
+		if arg == 0 {
+			return matched
+		}
 	case "@sortByAssociatedKeys":
 		if arg == 0 {
 			return weighed
@@ -129,6 +140,9 @@ func mayNeed(guard string, arg ast.Expr, t *cel.Type) bool {
 		if !slices.ContainsFunc(arg.AsList().Elements(), func(e ast.Expr) bool { return e.Kind() != ast.LiteralKind }) {
 			return false
 		}
+	}
+	if guard == matched {
+		return true
 	}
 	switch t.Kind() {
 	case types.BoolKind, types.IntKind, types.UintKind, types.DoubleKind, types.StringKind, types.BytesKind,

@@ -113,27 +113,23 @@ func (plainAdapter) NativeToValue(v any) ref.Val {
 	return types.DefaultTypeAdapter.NativeToValue(v)
 }
 
-// plainly is v without a Number in it. What an expression built itself is copied, up to so many
-// values as may be weighed; who asks for more has exceeded the cost limit by then.
-func plainly(v ref.Val, left *int) ref.Val {
-	if *left--; *left < 0 {
-		return v
-	}
+// plainly is v without a Number in it. What an expression built itself is copied.
+func plainly(v ref.Val) ref.Val {
 	switch v := v.(type) {
 	case Number:
 		return v.plain()
 	case *types.Optional:
 		if v.HasValue() {
-			return types.OptionalOf(plainly(v.GetValue(), left))
+			return types.OptionalOf(plainly(v.GetValue()))
 		}
 	case traits.Mapper:
 		if native, ok := v.Value().(map[string]any); ok {
 			return types.NewStringInterfaceMap(plainAdapter{}, native)
 		}
 		copied := map[ref.Val]ref.Val{}
-		for it := v.Iterator(); it.HasNext() == types.True && *left >= 0; {
+		for it := v.Iterator(); it.HasNext() == types.True; {
 			key := it.Next()
-			copied[plainly(key, left)] = plainly(v.Get(key), left)
+			copied[plainly(key)] = plainly(v.Get(key))
 		}
 		return types.NewRefValMap(types.DefaultTypeAdapter, copied)
 	case traits.Lister:
@@ -141,8 +137,8 @@ func plainly(v ref.Val, left *int) ref.Val {
 			return types.NewDynamicList(plainAdapter{}, native)
 		}
 		var copied []ref.Val
-		for it := v.Iterator(); it.HasNext() == types.True && *left >= 0; {
-			copied = append(copied, plainly(it.Next(), left))
+		for it := v.Iterator(); it.HasNext() == types.True; {
+			copied = append(copied, plainly(it.Next()))
 		}
 		return types.NewRefValList(types.DefaultTypeAdapter, copied)
 	}

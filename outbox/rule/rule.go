@@ -35,8 +35,12 @@ const (
 	// maxEstimated is how many loops and binds an expression may have for its cost to be estimated
 	// when it is loaded: the estimate looks at each use of each again, twice as long with each one more.
 	maxEstimated = 8
-	// maxRegex bounds the program of a constant regular expression.
-	maxRegex = 1000
+	// maxRegex bounds the program of a regular expression. Each of its instructions may look at each character,
+	// so that one of these reads a megabyte in a second.
+	maxRegex = 250
+	// regexPrice is what each character costs that a regular expression reads, before it does: the cost
+	// limit ends it after some ten thousand of them.
+	regexPrice = 4
 )
 
 // base is the language all kinds of rules share: CEL's standard library, optionals, and the
@@ -182,6 +186,10 @@ func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *
 		return new(uint64)
 	case weighed, inside:
 		return price(args[0])
+	case matched:
+		text, _ := args[0].(types.String)
+		p := uint64(regexPrice * len(text))
+		return &p
 	case elements:
 		if _, ok := args[0].(traits.Mapper); ok {
 			return new(uint64)
