@@ -14,6 +14,15 @@ type Attempt struct {
 	Replay   bool // somebody asked for the event once more
 }
 
+// Alone is an attempt of one event, in a batch of its own where the endpoint takes batches.
+func Alone(e *Event, to *Endpoint) Attempt {
+	a := Attempt{Event: e, Endpoint: to, Number: 1}
+	if to.Batch.MaxEvents > 1 {
+		a.Batch = []*Event{e}
+	}
+	return a
+}
+
 // Sender makes one attempt and judges its answer. It waits for nothing but the network,
 // spends at most the endpoint's timeout, and never returns an error: a 503 is a normal day.
 type Sender interface {

@@ -116,8 +116,19 @@ func (r *Registry) Endpoints() []*Endpoint {
 	return inTurn(all)
 }
 
-// Wants lists the endpoints that want an event, by all that they say of it.
-func (r *Registry) Wants(e *Event) []*Endpoint { return r.Match(e.Tenant, e.Type) }
+// Wants lists the endpoints that want an event, by their filters too, and those of which the filter
+// cannot judge it.
+func (r *Registry) Wants(e *Event) (to, refused []*Endpoint) {
+	for _, ep := range r.Match(e.Tenant, e.Type) {
+		switch yes, err := wants(e, ep); {
+		case err != nil:
+			refused = append(refused, ep)
+		case yes:
+			to = append(to, ep)
+		}
+	}
+	return to, refused
+}
 
 // Match lists the endpoints that want events of that tenant and type. Tenants come first and
 // fail closed: an endpoint without a tenant gets only events without one.

@@ -16,17 +16,17 @@ import (
 
 // Registration is a row of walhook.endpoints.
 type Registration struct {
-	ID          string
-	URL         string
-	Tenant      string
-	Events      []string
-	Filter      string
-	Secrets     []Secret
-	SecretsEnd  time.Time // of all secrets but the newest; zero never
-	Settings    []byte    // a JSON object of every other setting
-	Status      Status    // also Invalid
-	Reason      string    // of the status
-	Description string
+	ID            string
+	URL           string
+	Tenant        string
+	Events        []string
+	Filter        string          // empty: none
+	Secrets       []Secret        // newest first
+	PreviousUntil time.Time       // from then on the newest one alone signs; zero: all of them do
+	Settings      json.RawMessage // every other setting, an object
+	Status        Status          // also Invalid
+	StatusReason  string
+	Description   string
 }
 
 // Invalid is the status of a registration that is no valid endpoint.
@@ -393,6 +393,9 @@ func (r *Relay) judge(g *registered) {
 	if err == nil && r.inFile(row.ID) {
 		err = errors.New("the configuration file has an endpoint of this id")
 	}
+	if err == nil {
+		err = r.joins(ep)
+	}
 	if err != nil {
 		none := DefaultEndpoint()
 		ep = &none
@@ -408,7 +411,7 @@ func (r *Relay) judge(g *registered) {
 		ep.Status = Disabled
 	case err != nil:
 		ep.Status = Disabled
-		if row.Status != Invalid || row.Reason != reason {
+		if row.Status != Invalid || row.StatusReason != reason {
 			r.log.Warn("an endpoint of walhook.endpoints is not valid", zap.String("endpoint", row.ID), zap.String("reason", reason))
 			r.clerk.mark(row.ID, Invalid, reason)
 		}
@@ -424,6 +427,26 @@ func (r *Relay) judge(g *registered) {
 		ep.Status = Paused // its events are kept until the stream comes to where it was disabled
 	}
 	g.endpoint = ep
+}
+
+// joins refuses an endpoint of the registry that has another rate than its group. Of two rows, the one
+// that came later is the one that is wrong.
+func (r *Relay) joins(ep *Endpoint) error {
+	if ep.RateLimit.Group == "" {
+		return nil
+	}
+	groups := Groups{}
+	for _, e := range r.file {
+		if err := groups.Join(e); err != nil {
+			return err
+		}
+	}
+	for id, g := range r.table {
+		if e := g.endpoint; id != ep.ID && e != nil && e.Status != Disabled && e.RateLimit.Group == ep.RateLimit.Group {
+			_ = groups.Join(e)
+		}
+	}
+	return groups.Join(ep)
 }
 
 // registeredSince is the position at which an endpoint of the registry was registered; zero is not known.

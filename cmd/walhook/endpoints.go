@@ -62,8 +62,6 @@ type known struct {
 	row    *store.Registered // of the table
 }
 
-const statusInvalid outbox.Status = "invalid"
-
 // endpoints are all endpoints, those of the file first.
 func (d *desk) endpoints(ctx context.Context) ([]known, error) {
 	states, err := d.store.LoadEndpointStates(ctx)
@@ -93,9 +91,9 @@ func (d *desk) endpoints(ctx context.Context) ([]known, error) {
 		row := &rows[i]
 		k := known{id: row.ID, origin: outbox.FromTable, status: outbox.Status(row.Status), reason: row.StatusReason, row: row}
 		if ofFile[row.ID] {
-			k.status, k.reason = statusInvalid, "the configuration file has an endpoint of this id"
-		} else if k.ep, err = parseRegistered(d.cfg, row.Registration()); err != nil {
-			k.status, k.reason = statusInvalid, strings.ReplaceAll(err.Error(), "\n", "; ")
+			k.status, k.reason = outbox.Invalid, "the configuration file has an endpoint of this id"
+		} else if k.ep, err = parseRegistered(d.cfg, row.Registration); err != nil {
+			k.status, k.reason = outbox.Invalid, strings.ReplaceAll(err.Error(), "\n", "; ")
 		}
 		all = append(all, k)
 	}
@@ -507,7 +505,7 @@ func refusedRow(err error) error {
 func (e *endpointsCommands) add() *cobra.Command {
 	in := &edit{}
 	cmd := &cobra.Command{Use: "add --url URL", Short: "Add an endpoint to the table", Args: noArgs, RunE: e.do(func(ctx context.Context, d *desk, cmd *cobra.Command, _ []string) error {
-		row := store.Registered{ID: in.id, Events: []string{"*"}, Status: string(outbox.Enabled)}
+		row := store.Registered{Registration: outbox.Registration{ID: in.id, Events: []string{"*"}, Status: outbox.Enabled}}
 		if err := in.apply(cmd, &row); err != nil {
 			return err
 		}
@@ -516,7 +514,7 @@ func (e *endpointsCommands) add() *cobra.Command {
 			secret = newSecret()
 			row.Secrets = []outbox.Secret{secret}
 		}
-		if _, err := parseRegistered(d.cfg, row.Registration()); err != nil {
+		if _, err := parseRegistered(d.cfg, row.Registration); err != nil {
 			return refusedRow(err)
 		}
 		if slices.ContainsFunc(d.cfg.Endpoints, func(ep *outbox.Endpoint) bool { return ep.ID == row.ID }) {
@@ -547,10 +545,10 @@ func (e *endpointsCommands) update() *cobra.Command {
 		if err := in.apply(cmd, &row); err != nil {
 			return err
 		}
-		if row.Status == string(statusInvalid) { // it was taken back from there, or it fails below
-			row.Status, row.StatusReason = string(outbox.Enabled), ""
+		if row.Status == outbox.Invalid { // it was taken back from there, or it fails below
+			row.Status, row.StatusReason = outbox.Enabled, ""
 		}
-		if _, err := parseRegistered(d.cfg, row.Registration()); err != nil {
+		if _, err := parseRegistered(d.cfg, row.Registration); err != nil {
 			return refusedRow(err)
 		}
 		if err := d.store.UpdateRegistered(ctx, row); err != nil {
@@ -579,7 +577,7 @@ func (e *endpointsCommands) status(use, about string, to outbox.Status) *cobra.C
 			return err
 		}
 		switch {
-		case k.status == statusInvalid:
+		case k.status == outbox.Invalid:
 			return fmt.Errorf("endpoint %s is invalid: %s", k.id, printable(k.reason))
 		case use == "resume" && k.status == outbox.Disabled:
 			return fmt.Errorf("endpoint %s is disabled and not paused (%s): walhook endpoints enable %s", k.id, printable(k.reason), k.id)
@@ -595,7 +593,7 @@ func (e *endpointsCommands) status(use, about string, to outbox.Status) *cobra.C
 			}
 		} else {
 			row := *k.row
-			row.Status, row.StatusReason = string(to), reason
+			row.Status, row.StatusReason = to, reason
 			err = d.store.UpdateRegistered(ctx, row)
 		}
 		if err != nil {
@@ -715,7 +713,7 @@ func (e *endpointsCommands) test() *cobra.Command {
 		if k.ep.Tenant != "*" {
 			ev.Tenant = k.ep.Tenant
 		}
-		x := client.Try(ctx, outbox.Attempt{Event: ev, Endpoint: k.ep, Number: 1})
+		x := client.Try(ctx, outbox.Alone(ev, k.ep))
 		took := time.Since(now)
 		if err := e.exchanged(cmd.OutOrStdout(), k.ep, ev.ID, x, took); err != nil {
 			return err
@@ -738,6 +736,9 @@ func (e *endpointsCommands) exchanged(w io.Writer, ep *outbox.Endpoint, id strin
 		if len(v) >= 4 {
 			hide = append(hide, v, "[redacted]")
 		}
+	}
+	for _, s := range ep.Auth.Credentials() {
+		hide = append(hide, s, "[redacted]")
 	}
 	veil := strings.NewReplacer(hide...).Replace
 	flat := func(h http.Header) map[string]string {

@@ -141,11 +141,11 @@ func TestWhatDoesNotValidateIsNotWritten(t *testing.T) {
 
 func TestTextOfTheTableIsTakenLiterally(t *testing.T) {
 	t.Parallel()
-	row := store.Registered{ID: "a", URL: "https://a.example/${HOME}", Events: []string{"${HOME}"}, Secrets: []outbox.Secret{"whsec_YW55"}, Settings: json.RawMessage(`{"headers": {"X-A": "${file:/etc/passwd} \\ \"é\u0001f"}}`)}
-	_, err := parseRegistered(defaultConfig(), row.Registration())
+	row := store.Registered{Registration: outbox.Registration{ID: "a", URL: "https://a.example/${HOME}", Events: []string{"${HOME}"}, Secrets: []outbox.Secret{"whsec_YW55"}, Settings: json.RawMessage(`{"headers": {"X-A": "${file:/etc/passwd} \\ \"é\u0001f"}}`)}}
+	_, err := parseRegistered(defaultConfig(), row.Registration)
 	require.ErrorContains(t, err, "headers.X-A", "a control character")
 	row.Settings = json.RawMessage(`{"headers": {"X-A": "${file:/etc/passwd} $${X} \\ \"é"}, "timeout": "3s", "retry": {"jitter": 0.10, "dead_on": [400]}}`)
-	ep, err := parseRegistered(defaultConfig(), row.Registration())
+	ep, err := parseRegistered(defaultConfig(), row.Registration)
 	require.NoError(t, err)
 	require.Equal(t, "https://a.example/${HOME}", ep.URL)
 	require.Equal(t, []string{"${HOME}"}, ep.Events)
@@ -153,7 +153,7 @@ func TestTextOfTheTableIsTakenLiterally(t *testing.T) {
 	require.Equal(t, []int{400}, ep.Retry.DeadOn)
 	require.Equal(t, outbox.FromTable, ep.Origin)
 	row.Tenant = string(rune(maskBase + '{'))
-	_, err = parseRegistered(defaultConfig(), row.Registration())
+	_, err = parseRegistered(defaultConfig(), row.Registration)
 	require.Error(t, err)
 }
 
@@ -163,7 +163,7 @@ func TestInvalidRowIsShownWithItsMistake(t *testing.T) {
 	c.exec(`insert into walhook.endpoints (id, url, settings) values ('bad', 'https://a.example', '{"timeout": "forever"}')`)
 	var one shownEndpoint
 	c.json(&one, "endpoints", "show", "bad")
-	require.Equal(t, statusInvalid, one.Status)
+	require.Equal(t, outbox.Invalid, one.Status)
 	require.Contains(t, one.Reason, "timeout")
 	_, errs := c.does(exitFailed, "endpoints", "pause", "bad")
 	require.Contains(t, errs, "is invalid: timeout")

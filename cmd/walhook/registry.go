@@ -75,7 +75,7 @@ func parseRegistered(cfg *Config, row outbox.Registration) (*outbox.Endpoint, er
 			l.foreign(root, err)
 		}
 	}
-	e.PreviousUntil = row.SecretsEnd
+	e.PreviousUntil = row.PreviousUntil
 	for _, p := range l.problems {
 		text := strings.TrimPrefix(p.Key, ".")
 		if text != "" {

@@ -191,9 +191,10 @@ type replay struct {
 type replaySum struct {
 	DryRun      bool                    `json:"dry_run"`
 	Stopped     bool                    `json:"stopped"`
-	Matched     int64                   `json:"matched"`    // events
-	Unwanted    int64                   `json:"unwanted"`   // of them, those that no endpoint wants
-	Unmappable  int64                   `json:"unmappable"` // rows
+	Matched     int64                   `json:"matched"`       // events
+	Unwanted    int64                   `json:"unwanted"`      // of them, those that no endpoint wants
+	Refused     int                     `json:"filter_failed"` // deliveries that a filter could not judge
+	Unmappable  int64                   `json:"unmappable"`    // rows
 	Deliveries  int64                   `json:"deliveries"`
 	Delivered   int64                   `json:"delivered"`
 	FailedCount int64                   `json:"failed_count"`
@@ -370,9 +371,10 @@ func (r *replay) take(ctx context.Context, row *cdc.Row, sending *sync.WaitGroup
 		r.miss(at)
 		return nil
 	}
-	to := r.targets.Wants(ev)
+	to, refused := r.targets.Wants(ev)
 	r.mu.Lock()
 	r.sum.Matched++
+	r.sum.Refused += len(refused)
 	if len(to) == 0 {
 		r.sum.Unwanted++
 	}
@@ -386,12 +388,18 @@ func (r *replay) take(ctx context.Context, row *cdc.Row, sending *sync.WaitGroup
 	}
 	for _, ep := range to {
 		select {
-		case r.lane(ctx, ep, ev, sending) <- outbox.Attempt{Event: ev, Endpoint: ep, Replay: true}:
+		case r.lane(ctx, ep, ev, sending) <- again(ev, ep):
 		case <-ctx.Done():
 			r.miss(at)
 		}
 	}
 	return nil
+}
+
+func again(ev *outbox.Event, to *outbox.Endpoint) outbox.Attempt {
+	a := outbox.Alone(ev, to)
+	a.Replay = true
+	return a
 }
 
 // count is called with mu locked.
@@ -534,6 +542,9 @@ func (s *replaySum) print(w io.Writer) error {
 	fmt.Fprintf(&b, "%s", count(int(s.Matched), "event"))
 	if s.Unwanted > 0 {
 		fmt.Fprintf(&b, ", %d of them wanted by no endpoint", s.Unwanted)
+	}
+	if s.Refused > 0 {
+		fmt.Fprintf(&b, "; %s", count(s.Refused, "filter failure"))
 	}
 	if s.Unmappable > 0 {
 		fmt.Fprintf(&b, "; %s cannot be mapped and left out", count(int(s.Unmappable), "row"))

@@ -148,7 +148,7 @@ func (t *tailing) look(ctx context.Context) error {
 	}
 	var valid []*outbox.Endpoint
 	for _, k := range all {
-		if k.ep != nil && k.status != statusInvalid {
+		if k.ep != nil && k.status != outbox.Invalid {
 			valid = append(valid, k.ep)
 		}
 	}
@@ -180,11 +180,15 @@ func (t *tailing) row(ctx context.Context, row *cdc.Row) error {
 	}
 	to := []string{}
 	if reason == "" {
-		for _, ep := range t.endpoints.Wants(ev) {
+		wanting, refused := t.endpoints.Wants(ev)
+		for _, ep := range wanting {
 			to = append(to, ep.ID)
 		}
+		for _, ep := range refused {
+			to = append(to, ep.ID+" (its filter fails)")
+		}
 	}
-	if len(t.only) > 0 && !slices.ContainsFunc(to, func(id string) bool { return slices.Contains(t.only, id) }) {
+	if len(t.only) > 0 && !slices.ContainsFunc(to, func(id string) bool { id, _, _ = strings.Cut(id, " "); return slices.Contains(t.only, id) }) {
 		return nil
 	}
 	if t.output == "json" {

@@ -24,11 +24,11 @@ func TestReadyTellsWhatIsMissing(t *testing.T) {
 func TestRegisteredEndpointsAreKeptAsGiven(t *testing.T) {
 	b := setup(t)
 	until := time.Now().Add(time.Hour).Truncate(time.Microsecond).UTC()
-	in := Registered{
+	in := Registered{Registration: outbox.Registration{
 		URL: "https://a.example/ü?x=1", Tenant: "acme", Events: []string{"a.*", "b,\"c"}, Filter: "true",
 		Secrets: []outbox.Secret{"whsec_YQ==", "whsec_Yg=="}, PreviousUntil: until,
 		Settings: json.RawMessage(`{"timeout": "3s"}`), Status: "enabled", Description: "it's",
-	}
+	}}
 	made, err := b.Register(t.Context(), in)
 	require.NoError(t, err)
 	require.Regexp(t, "^ep_[0-9a-f]{32}$", made.ID)

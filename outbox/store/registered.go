@@ -19,27 +19,9 @@ import (
 
 // Registered is a row of walhook.endpoints.
 type Registered struct {
-	ID            string
-	URL           string
-	Tenant        string
-	Events        []string
-	Filter        string          // empty: none
-	Secrets       []outbox.Secret // newest first
-	PreviousUntil time.Time       // from then on the newest one alone signs; zero: all of them do
-	Settings      json.RawMessage // the other settings, an object
-	Status        string
-	StatusReason  string
-	Description   string
-	CreatedAt     time.Time
-	UpdatedAt     time.Time // also tells one version of the row from another
-}
-
-// Registration is the row as the registry has it.
-func (r *Registered) Registration() outbox.Registration {
-	return outbox.Registration{
-		ID: r.ID, URL: r.URL, Tenant: r.Tenant, Events: r.Events, Filter: r.Filter, Secrets: r.Secrets, SecretsEnd: r.PreviousUntil,
-		Settings: r.Settings, Status: outbox.Status(r.Status), Reason: r.StatusReason, Description: r.Description,
-	}
+	outbox.Registration
+	CreatedAt time.Time
+	UpdatedAt time.Time // also tells one version of the row from another
 }
 
 // What may become of a registered endpoint.

@@ -45,7 +45,7 @@ func (s *Store) Decode(rel *cdc.Relation, values [][]byte) (g outbox.Registratio
 		case "status":
 			g.Status = outbox.Status(text)
 		case "status_reason":
-			g.Reason = text
+			g.StatusReason = text
 		case "description":
 			g.Description = text
 		case "events":
@@ -57,7 +57,7 @@ func (s *Store) Decode(rel *cdc.Relation, values [][]byte) (g outbox.Registratio
 		case "previous_secrets_until":
 			var at pgtype.Timestamptz
 			err = types.Scan(pgtype.TimestamptzOID, pgtype.TextFormatCode, values[i], &at)
-			g.SecretsEnd = moment(at)
+			g.PreviousUntil = moment(at)
 		}
 		if err != nil { // not with the value: it may be a secret
 			return g, fmt.Errorf("walhook.endpoints: %s of %q cannot be read", c.Name, g.ID)
@@ -116,8 +116,8 @@ func scanRegistration(r pgx.Rows) (g outbox.Registration, err error) {
 	var secrets []string
 	var settings string
 	var end pgtype.Timestamptz
-	err = r.Scan(&g.ID, &g.URL, &g.Tenant, &g.Events, &g.Filter, &secrets, &end, &settings, &g.Status, &g.Reason, &g.Description)
-	g.Secrets, g.SecretsEnd, g.Settings = secretsOf(secrets), moment(end), []byte(settings)
+	err = r.Scan(&g.ID, &g.URL, &g.Tenant, &g.Events, &g.Filter, &secrets, &end, &settings, &g.Status, &g.StatusReason, &g.Description)
+	g.Secrets, g.PreviousUntil, g.Settings = secretsOf(secrets), moment(end), []byte(settings)
 	return g, err
 }
 
