@@ -26,6 +26,7 @@ type Config struct {
 	Publication string
 	Tables      []Table
 	Messages    bool // ask for logical messages too
+	Notices     bool // ask for them, but none that is lost is missed
 	Mirror      Mirror
 	Create      bool // create publication and slot where they are missing
 	Failover    bool // make the slot a failover slot where the server knows them (17 and later)
@@ -858,7 +859,7 @@ func (s *Stream) start(ctx context.Context, conn *pgconn.PgConn, at LSN, follow 
 	}
 	name = strings.ReplaceAll(name, "'", "''")
 	args := []string{"proto_version '1'", "publication_names '" + name + "'"}
-	if s.cfg.Messages {
+	if s.cfg.Messages || s.cfg.Notices {
 		args = append(args, "messages 'true'")
 	}
 	return pglogrepl.StartReplication(ctx, conn, s.cfg.Slot, pglogrepl.LSN(at), pglogrepl.StartReplicationOptions{

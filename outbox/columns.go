@@ -140,6 +140,8 @@ func compileSource(index int, in Source) (*source, error) {
 		} else if s.schema == "walhook" {
 			fault("table", "the tables of the schema walhook are walhook's own")
 		}
+	case in.Messages == NoticePrefix:
+		fault("messages", "walhook.events is the prefix of walhook's own messages")
 	case len(in.Messages) > 63:
 		fault("messages", "a prefix has at most 63 bytes")
 	}

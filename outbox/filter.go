@@ -66,6 +66,9 @@ func (l *Lane) refuse(e *Event, sp *span, now time.Time, why error) {
 	l.m.deadTotal.Inc()
 	l.m.dead.Add(1)
 	l.owed.push(it)
-	l.insert(it, Change{State: StateDead, Reason: ReasonFilter, Detail: detail}, nil)
+	l.insert(it, Change{
+		State: StateDead, Reason: ReasonFilter, Detail: detail,
+		Notice: l.relay.deathOf(e, l.id, 0, Outcome{Reason: ReasonFilter, Detail: detail}),
+	}, nil)
 	l.leave(it, over)
 }

@@ -682,10 +682,12 @@ func (l *Lane) bury(it *item, out Outcome) {
 	}
 	c := Change{State: StateDead, Reason: out.Reason, Status: out.Status, Detail: out.Detail}
 	if it.stored {
+		c.Notice = l.relay.deathOf(it.event, l.id, it.attempts, out)
 		l.uncount(it, c, done)
 		return
 	}
 	l.insert(it, c, nil)
+	c.Notice = l.relay.deathOf(it.event, l.id, it.attempts, out)
 	l.put(it, c, done)
 }
 

@@ -13,6 +13,7 @@ type Registry struct {
 	exact map[subscription][]*member // by every type that an endpoint without globs names
 	globs map[string][]*member       // of a tenant: those with a glob
 	turn  uint64
+	own   int // endpoints that want events of walhook itself
 }
 
 // subscription is a type of one tenant's events; tenant "*" is for those of all.
@@ -52,6 +53,9 @@ func (r *Registry) set(e *Endpoint) {
 	if e.Status == Disabled {
 		return
 	}
+	if m.wantsOwn() {
+		r.own++
+	}
 	if slices.ContainsFunc(e.Events, func(g string) bool { return strings.ContainsAny(g, "*?") }) {
 		for _, g := range e.Events {
 			m.globs = append(m.globs, CompileGlob(g))
@@ -62,6 +66,10 @@ func (r *Registry) set(e *Endpoint) {
 	for _, s := range m.subscriptions() {
 		r.exact[s] = append(r.exact[s], m)
 	}
+}
+
+func (m *member) wantsOwn() bool {
+	return slices.ContainsFunc(m.Events, func(g string) bool { return strings.HasPrefix(g, ownTypes) })
 }
 
 func (m *member) subscriptions() []subscription {
@@ -77,6 +85,9 @@ func (m *member) subscriptions() []subscription {
 func (r *Registry) remove(id string) {
 	m := r.byID[id]
 	delete(r.byID, id)
+	if m != nil && m.Status != Disabled && m.wantsOwn() {
+		r.own--
+	}
 	switch {
 	case m == nil || m.Status == Disabled:
 	case m.globs != nil:

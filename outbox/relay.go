@@ -42,6 +42,8 @@ type Claims interface {
 	Alone(ctx context.Context) (bool, error)
 	// SetStatus keeps the status that we gave an endpoint through restarts.
 	SetStatus(ctx context.Context, endpointID string, status Status, reason string) error
+	// Emit writes notices into the WAL, as logical messages with NoticePrefix.
+	Emit(ctx context.Context, notices [][]byte) error
 }
 
 // Config is what a Relay needs.
@@ -92,6 +94,7 @@ type Relay struct {
 	ledger  *Ledger
 	journal *journal
 	clerk   *clerk // nil without a Roll
+	herald  *herald
 	store   Store
 	sender  Sender
 
@@ -100,6 +103,7 @@ type Relay struct {
 
 	heard  atomic.Pointer[time.Time] // when Postgres was last heard of
 	lapsed atomic.Bool               // a lane waits for the lease, or for the stream, and is to be woken
+	eager  atomic.Bool               // some endpoint wants notices
 	caught atomic.Bool               // the stream has come to where the WAL ended when we took the slot
 	counts chan struct{}             // holds one while a recount is wanted before its time
 	aside  sync.WaitGroup            // endpoints being disabled or removed
@@ -147,6 +151,8 @@ func New(cfg Config) (*Relay, error) {
 		counts:   make(chan struct{}, 1),
 	}
 	r.journal = newJournal(cfg.Store, r.log)
+	r.herald = &herald{emit: cfg.Claims.Emit, log: r.log, signal: make(chan struct{}, 1)}
+	r.eager.Store(reg.own > 0)
 	if cfg.Roll != nil {
 		r.clerk = newClerk(cfg.Roll, r.log)
 	}
@@ -180,6 +186,7 @@ func (r *Relay) Run(ctx context.Context, src Stream, grace time.Duration) error 
 	if r.clerk != nil {
 		g.Go(func() error { return r.clerk.run(work) })
 	}
+	g.Go(func() error { return r.herald.run(work) })
 	g.Go(func() error { return r.tick(work, c) })
 	g.Go(func() error { return r.look(work, src) })
 	var missed error
@@ -618,6 +625,7 @@ func (r *Relay) wakeLapsed() {
 func (r *Relay) disable(ep *Endpoint, why string) {
 	r.aside.Go(func() {
 		r.log.Warn("endpoint disabled", zap.String("endpoint", ep.ID), zap.String("reason", why))
+		r.herald.tell(r.noticeOf(TypeDisabled, ep.ID, ep.Tenant, endpointNotice{ep.ID, why}))
 		if ep.Origin == FromTable {
 			r.disableRegistered(ep.ID, why)
 			return
@@ -690,7 +698,7 @@ func (r *Relay) setEndpoints(file []*Endpoint) error {
 		return nil
 	}
 	r.registry = reg
-	clear(r.routes)
+	r.rerouted()
 	changed := map[*Lane]*Endpoint{}
 	for id, l := range r.lanes {
 		if ep := reg.Endpoint(id); ep == nil {
@@ -706,6 +714,12 @@ func (r *Relay) setEndpoints(file []*Endpoint) error {
 		l.setEndpoint(ep)
 	}
 	return nil
+}
+
+// rerouted forgets the routes, as the registry has changed. It is called with mu locked.
+func (r *Relay) rerouted() {
+	clear(r.routes)
+	r.eager.Store(r.registry.own > 0)
 }
 
 // leave ends what there is for an endpoint that is gone, when its lane, where it had one, has come
@@ -922,6 +936,10 @@ func (r *Relay) Row(row *cdc.Row) error {
 		r.register(row)
 		return nil
 	}
+	if row.Relation == nil && row.Prefix == NoticePrefix {
+		r.notice(row)
+		return nil
+	}
 	ev, err := r.cfg.Mapper.Map(row)
 	now := time.Now()
 	var unmappable *UnmappableError
@@ -935,13 +953,21 @@ func (r *Relay) Row(row *cdc.Row) error {
 		r.ledger.Open(row.Position, 0, now)
 		return nil
 	}
-	lanes, refused := sift(ev, r.lanesFor(ev))
-	if len(lanes)+len(refused) == 0 {
+	if r.route(ev, r.lanesFor(ev), now) {
+		r.metrics.routed.Inc()
+	} else {
 		r.metrics.unmatched.Inc()
-		r.ledger.Open(ev.Position, 0, now)
-		return nil
 	}
-	r.metrics.routed.Inc()
+	return nil
+}
+
+// route gives an event to the lanes whose filters want it, and tells false where none does.
+func (r *Relay) route(ev *Event, to []*Lane, now time.Time) bool {
+	lanes, refused := sift(ev, to)
+	if len(lanes)+len(refused) == 0 {
+		r.ledger.Open(ev.Position, 0, now)
+		return false
+	}
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, len(lanes)+len(refused), now)
 	for _, l := range lanes {
@@ -950,7 +976,7 @@ func (r *Relay) Row(row *cdc.Row) error {
 	for _, f := range refused {
 		f.lane.refuse(ev, sp, now, f.why)
 	}
-	return nil
+	return true
 }
 
 // buryRow makes one dead delivery of a row that cannot be understood, so that it neither stops
@@ -961,6 +987,7 @@ func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
 	r.ledger.Hold(ev)
 	sp := r.ledger.Open(ev.Position, 1, now)
 	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: why.Reason}
+	c.Notice = r.deathOf(ev, "", 0, Outcome{Reason: c.Reason, Detail: c.Detail})
 	r.journal.put(c, func() {
 		r.ledger.Settle(sp)
 		r.ledger.Release(sp, ev)

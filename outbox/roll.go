@@ -79,6 +79,7 @@ type registered struct {
 	last     string    // its last version
 	endpoint *Endpoint
 	off      bool         // disabled by us; the row will say so
+	wrong    string       // why it is not valid, as its row will say
 	since    cdc.Position // of its registration; zero: it was there before the slot
 }
 
@@ -364,7 +365,7 @@ func (r *Relay) disableRegistered(id, why string) {
 	r.judge(g)
 	r.mu.Lock()
 	r.registry.set(g.endpoint)
-	clear(r.routes)
+	r.rerouted()
 	l := r.lanes[id]
 	r.mu.Unlock()
 	if l != nil {
@@ -405,15 +406,19 @@ func (r *Relay) judge(g *registered) {
 	reason := ""
 	if err != nil {
 		reason = err.Error()
+	} else {
+		g.wrong = ""
 	}
 	switch {
 	case row.Status == Disabled, g.off:
 		ep.Status = Disabled
 	case err != nil:
 		ep.Status = Disabled
-		if row.Status != Invalid || row.StatusReason != reason {
+		if (row.Status != Invalid || row.StatusReason != reason) && g.wrong != reason {
 			r.log.Warn("an endpoint of walhook.endpoints is not valid", zap.String("endpoint", row.ID), zap.String("reason", reason))
 			r.clerk.mark(row.ID, Invalid, reason)
+			g.wrong = reason
+			r.herald.tell(r.noticeOf(TypeInvalid, row.ID, row.Tenant, endpointNotice{row.ID, reason}))
 		}
 	case row.Status == Invalid:
 		r.log.Info("an endpoint of walhook.endpoints is valid again", zap.String("endpoint", row.ID))
@@ -536,7 +541,7 @@ func (r *Relay) enter(row Registration, at cdc.Position) (versions []Version) {
 	}
 	r.mu.Lock()
 	r.registry.set(g.endpoint)
-	clear(r.routes)
+	r.rerouted()
 	l := r.lanes[row.ID]
 	r.mu.Unlock()
 	if l != nil {
@@ -556,7 +561,7 @@ func (r *Relay) strike(id string, at cdc.Position) []Version {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.registry.remove(id)
-	clear(r.routes)
+	r.rerouted()
 	l := r.lanes[id]
 	delete(r.lanes, id)
 	if !r.stopping {

@@ -31,6 +31,7 @@ type Change struct {
 	Due        time.Time // of the retry; zero waits for its turn
 	Status     int
 	Detail     string
+	Notice     []byte // to be written into the WAL with it; nil is none
 }
 
 // Stored is a delivery read back from walhook.deliveries with its event.

@@ -975,6 +975,8 @@ func (s *flaky) Fill(context.Context, cdc.Session, uint64) (outbox.Filling, erro
 
 func (s *flaky) Alone(context.Context) (bool, error) { return true, nil }
 
+func (s *flaky) Emit(context.Context, [][]byte) error { return nil }
+
 func (s *flaky) SetStatus(_ context.Context, endpointID string, _ outbox.Status, _ string) error {
 	s.w.set(func() { s.claims[endpointID]++ })
 	return nil

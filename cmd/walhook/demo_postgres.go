@@ -236,7 +236,7 @@ and database = current_database()`
 
 // The schema walhook stays where another walhook has moved in meanwhile.
 const dropRest = `
-drop publication if exists walhook_demo;
+drop publication if exists walhook_demo, walhook_demo_endpoints;
 drop schema if exists walhook_demo cascade;
 do $$
 begin

@@ -38,7 +38,10 @@ func parseRegistered(cfg *Config, row outbox.Registration) (*outbox.Endpoint, er
 		return nil, errors.New("holds characters of a private plane that no setting needs")
 	}
 	var problems []string
-	own := map[string]any{"id": row.ID, "url": row.URL}
+	own := map[string]any{"url": row.URL}
+	if row.ID != "" {
+		own["id"] = row.ID
+	}
 	if row.Tenant != "" {
 		own["tenant"] = row.Tenant
 	}

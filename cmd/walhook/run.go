@@ -281,6 +281,11 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 	p.client, err = sender.New(sender.Config{
 		Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
 		Source: eventSource(cfg),
+		OnStateChange: func(id string, from, to sender.State) { // a probe that fails is no news
+			if from == sender.Closed || to == sender.Closed {
+				p.relay.CircuitMoved(id, to == sender.Open)
+			}
+		},
 	})
 	if err != nil {
 		return nil, err
@@ -321,6 +326,7 @@ func streamConfig(cfg *Config, url func() (string, error), log *zap.Logger) cdc.
 		Snapshot:    cfg.CDC.Snapshot == "initial",
 		MaxRecovery: cfg.CDC.MaxRecovery,
 		MaxStall:    cfg.Buffer.SpillAfter,
+		Notices:     true,
 		Mirror:      cdc.Mirror{Table: store.RegistryTable, Publication: registryPublication(cfg.CDC.Publication)},
 		Logger:      log,
 	}
@@ -626,6 +632,8 @@ func copyFault(err error) error {
 		Remedy: copied.AdoptSQL(),
 	}
 }
+
+func (c *claims) Emit(ctx context.Context, notices [][]byte) error { return c.store.Emit(ctx, notices) }
 
 func (c *claims) Alone(ctx context.Context) (bool, error) { return c.store.Alone(ctx) }
 

@@ -41,6 +41,15 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	steps := insertSteps(inserts, ascii)
 	steps = append(steps, updateSteps(updates, ascii)...)
 	steps = append(steps, removeSteps(gone)...)
+	var notices [][]byte
+	for _, c := range changes {
+		if c.Notice != nil {
+			notices = append(notices, c.Notice)
+		}
+	}
+	if len(notices) > 0 {
+		steps = append(steps, emitStep(notices))
+	}
 	if err := s.held(ctx, steps...); err != nil {
 		return fmt.Errorf("write deliveries: %w", err)
 	}
@@ -298,4 +307,21 @@ func removeEventsSteps(gone []outbox.Change) (steps []step) {
 		)
 	}
 	return steps
+}
+
+// A message of a transaction comes in the stream as its rows do.
+const emit = `
+select count(pg_logical_emit_message(true, $1, c.content))
+from unnest($2::text[]) as c (content)`
+
+func emitStep(notices [][]byte) step {
+	return step{what: "emit notices", sql: emit, args: []any{outbox.NoticePrefix, notices}}
+}
+
+// Emit writes notices into the WAL.
+func (s *Store) Emit(ctx context.Context, notices [][]byte) error {
+	if err := s.plain(ctx, emitStep(notices)); err != nil {
+		return fmt.Errorf("emit notices: %w", err)
+	}
+	return nil
 }
