@@ -309,6 +309,8 @@ type got struct {
 	table  string
 	prefix string
 	values []string // of a message: its content
+	op     Op
+	old    []string
 }
 
 func (g got) note() string { return g.values[len(g.values)-1] }
@@ -336,6 +338,7 @@ type sink struct {
 	filled    int    // fills that were committed
 	proven    int    // looks that found all well
 	left      int    // times that the slot was let go
+	mirrored  bool   // the mirrored table is known, and its changes come
 	full      chan struct{}
 	confirms  bool          // everything handed on is confirmed at once, once its transaction has ended
 	slow      time.Duration // from one row until there is room for the next
@@ -404,7 +407,7 @@ func (s *sink) Read(context.Context, string) (*Record, error) {
 	case !s.made:
 		return nil, nil
 	}
-	return &Record{LSN: s.at.LSN, Xmin: s.xmin, Proven: s.provenTo, Gap: s.gap, Tables: s.tables}, nil
+	return &Record{LSN: s.at.LSN, Xmin: s.xmin, Proven: s.provenTo, Gap: s.gap, Tables: s.tables, Mirrored: s.mirrored}, nil
 }
 
 func (s *sink) Announce(context.Context, Session) error {
@@ -521,6 +524,9 @@ func (s *sink) Claim(_ context.Context, session Session) (Resume, error) {
 		s.at, s.made = Resume{LSN: session.Slot.Confirmed}, true
 	}
 	s.tables = session.Tables
+	if session.Mirror != nil {
+		s.mirrored = session.Mirror.Live
+	}
 	s.sessions = append(s.sessions, session)
 	s.signal()
 	return s.at, nil
@@ -541,15 +547,19 @@ func (s *sink) Room() <-chan struct{} {
 }
 
 func gotOf(r *Row) got {
-	g := got{Position: r.Position, at: r.CommitTime, prefix: r.Prefix}
-	if r.Relation != nil {
-		g.table = r.Relation.Schema + "." + r.Relation.Name
-		for _, v := range r.Values {
+	g := got{Position: r.Position, at: r.CommitTime, prefix: r.Prefix, op: r.Op}
+	texts := func(values [][]byte) (all []string) {
+		for _, v := range values {
 			if v == nil {
 				v = []byte("NULL")
 			}
-			g.values = append(g.values, string(v))
+			all = append(all, string(v))
 		}
+		return all
+	}
+	if r.Relation != nil {
+		g.table = r.Relation.Schema + "." + r.Relation.Name
+		g.values, g.old = texts(r.Values), texts(r.Old)
 	} else {
 		g.values = []string{string(r.Content)}
 	}
