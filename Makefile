@@ -32,7 +32,7 @@ test: ## all tests with the race detector, on the Postgres of this machine (PKG=
 	@.ci/deps cc postgres
 	CGO_ENABLED=1 go test -race -timeout 12m $(TESTFLAGS) $(PKG)
 
-judges: bin/judges/package.json ## the signatures, judged by npm packages that receivers use (needs node and npm)
+judges: bin/judges/package.json ## signatures and CloudEvents, judged by npm packages and a program that receivers use (needs node and npm)
 	WALHOOK_TEST_JUDGES=$(CURDIR)/bin/judges go test -run '^TestOtherPeoplesCode' -count 1 -v $(TESTFLAGS) ./sender
 
 bin/judges/package.json: sender/testdata/judges/package.json

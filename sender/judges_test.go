@@ -12,15 +12,21 @@ import (
 	"encoding/json"
 	"hash"
 	"io"
+	"maps"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/outbox"
 )
 
@@ -61,9 +67,18 @@ var bodies = map[string]func(*outbox.Event){
 	"odd":   func(e *outbox.Event) { e.Type, e.Data = "é\u2028<>", []byte(" [1.00, \"\\u0000\",\n null] ") },
 }
 
-// The verifiers that receivers have, at the versions of testdata/judges. Each has to accept what
-// is sent, by every secret that is to sign, and to refuse it with a byte changed.
-func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
+// judged is a request that one of the npm packages of testdata/judges is to judge.
+type judged struct {
+	Judge   string            `json:"judge"`
+	Headers map[string]string `json:"headers"`
+	Body    []byte            `json:"body"`
+	Secret  string            `json:"secret"`
+	Want    any               `json:"want"` // of cloudevents: the events that it has to find
+}
+
+// askJudges tells what each request's judge says: nothing where it accepts it, else why not.
+func askJudges(t *testing.T, all []judged) (said []string) {
+	t.Helper()
 	dir := os.Getenv("WALHOOK_TEST_JUDGES")
 	if dir == "" {
 		t.Skip("needs npm packages, which `make judges` installs")
@@ -72,15 +87,27 @@ func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
 	if err != nil {
 		t.Skip("needs node: ", err)
 	}
+	in, err := json.Marshal(all)
+	require.NoError(t, err)
+	script, err := filepath.Abs(filepath.Join("testdata", "judges", "judge.cjs"))
+	require.NoError(t, err)
+	cmd := exec.CommandContext(t.Context(), node, script)
+	cmd.Dir, cmd.Stdin = dir, bytes.NewReader(in)
+	var complaints bytes.Buffer
+	cmd.Stderr = &complaints
+	out, err := cmd.Output()
+	require.NoError(t, err, complaints.String())
+	require.NoError(t, json.Unmarshal(out, &said))
+	require.Len(t, said, len(all))
+	return said
+}
+
+// The verifiers that receivers have, at the versions of testdata/judges. Each has to accept what
+// is sent, by every secret that is to sign, and to refuse it with a byte changed.
+func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
 	const second outbox.Secret = "whsec_YW5vdGhlciBrZXksIG9mIHRoaXJ0eS10d28gYnl0ZXM="
-	type request struct {
-		Judge   string            `json:"judge"`
-		Headers map[string]string `json:"headers"`
-		Body    []byte            `json:"body"`
-		Secret  string            `json:"secret"`
-	}
 	var names []string
-	var requests []request
+	var requests []judged
 	for _, c := range []struct {
 		judge   string
 		signing []outbox.Signing
@@ -101,7 +128,7 @@ func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
 			}), body)
 			add := func(verdict string, secret outbox.Secret, body []byte) {
 				names = append(names, c.judge+", "+name+", "+verdict)
-				requests = append(requests, request{c.judge, got.header, body, secret.Reveal()})
+				requests = append(requests, judged{Judge: c.judge, Headers: got.header, Body: body, Secret: secret.Reveal()})
 			}
 			for _, secret := range c.signs {
 				add("accepted", secret, got.body)
@@ -113,19 +140,7 @@ func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
 		}
 	}
 
-	in, err := json.Marshal(requests)
-	require.NoError(t, err)
-	script, err := filepath.Abs(filepath.Join("testdata", "judges", "judge.cjs"))
-	require.NoError(t, err)
-	cmd := exec.CommandContext(t.Context(), node, script)
-	cmd.Dir, cmd.Stdin = dir, bytes.NewReader(in)
-	var complaints bytes.Buffer
-	cmd.Stderr = &complaints
-	out, err := cmd.Output()
-	require.NoError(t, err, complaints.String())
-	var said []string
-	require.NoError(t, json.Unmarshal(out, &said))
-	require.Len(t, said, len(names))
+	said := askJudges(t, requests)
 	for i, name := range names {
 		if strings.HasSuffix(name, "refused") {
 			require.NotEmpty(t, said[i], name)
@@ -134,6 +149,162 @@ func TestOtherPeoplesCodeAcceptsEverySignature(t *testing.T) {
 		}
 	}
 	t.Logf("%d requests judged", len(names))
+}
+
+// The JavaScript SDK of CloudEvents finds the event that was sent, in each form and in a batch, and none in what
+// lacks an attribute.
+func TestOtherPeoplesCodeReadsEveryCloudEvent(t *testing.T) {
+	type found struct {
+		ID           string          `json:"id"`
+		Type         string          `json:"type"`
+		Source       string          `json:"source"`
+		Time         string          `json:"time"`
+		ContentType  string          `json:"datacontenttype"`
+		PartitionKey string          `json:"partitionkey"`
+		Sequence     string          `json:"sequence"`
+		Data         json.RawMessage `json:"data"`
+	}
+	event := func(id, sequence, data string) found {
+		return found{
+			ID: id, Type: "invoice.paid", Source: "/walhook/default/walhook", Time: "2026-03-01T11:30:15.123Z", ContentType: "application/json",
+			PartitionKey: "inv-7", Sequence: sequence, Data: json.RawMessage(data),
+		}
+	}
+	one := []found{event("evt_1", "00000016b374d848-0000000000000003", `{"amount": 120.5}`)}
+	at := func(e *outbox.Event) { e.Position = cdc.Position{Commit: 0x16B374D848, Ordinal: 3} }
+	structured, binary := sentTo(t, endpoint("https://x.example/", cloudEvents), at), sentTo(t, endpoint("https://x.example/", cloudEventsBinary), at)
+	text := sentTo(t, endpoint("https://x.example/", cloudEvents), at, func(e *outbox.Event) { e.JSON, e.Data = false, []byte("grüezi") })
+	bytesToo := sentTo(t, endpoint("https://x.example/", cloudEvents), at, func(e *outbox.Event) { e.JSON, e.Data = false, []byte{1, 0xff} })
+	texts := []found{event(one[0].ID, one[0].Sequence, `[103, 114, 195, 188, 101, 122, 105]`)} // no JSON, so it goes as data_base64
+	texts[0].ContentType = "text/plain; charset=utf-8"
+	many := []found{event("evt_1", "00000016b374d848-0000000000000001", `{"n": 1}`), event("evt_2", "00000016b374d848-0000000000000002", `{"n": 2}`)}
+	raw := []found{event(one[0].ID, one[0].Sequence, `[1, 255]`)}
+	raw[0].ContentType = "application/octet-stream"
+	batch := sent{header: map[string]string{}}
+	client := setup(t, fake(func(r *http.Request) (*http.Response, error) {
+		for name := range r.Header {
+			batch.header[strings.ToLower(name)] = r.Header.Get(name)
+		}
+		var err error
+		batch.body, err = io.ReadAll(r.Body)
+		require.NoError(t, err)
+		return answer(200)
+	}))
+	require.Equal(t, outbox.Delivered, client.Send(t.Context(), attemptOf(endpoint("https://x.example/", cloudEvents, batched), eventsOf(2)...)).Verdict)
+
+	without := func(s sent, header string) sent {
+		s.header = maps.Clone(s.header)
+		delete(s.header, header)
+		return s
+	}
+	changed := func(s sent) sent {
+		s.body = bytes.Replace(s.body, []byte(`"type"`), []byte(`"kind"`), 1)
+		return s
+	}
+	cases := []struct {
+		name    string
+		sent    sent
+		want    []found
+		refused bool
+	}{
+		{"structured", structured, one, false},
+		{"structured, text", text, texts, false},
+		{"structured, bytes", bytesToo, raw, false},
+		{"binary", binary, one, false},
+		{"batch", batch, many, false},
+		{"structured, another event", structured, many[:1], true},
+		{"structured, without a type", changed(structured), one, true},
+		{"binary, without a type", without(binary, "ce-type"), one, true},
+		{"batch, one without a type", changed(batch), many, true},
+	}
+	var requests []judged
+	for _, c := range cases {
+		requests = append(requests, judged{Judge: "cloudevents", Headers: c.sent.header, Body: c.sent.body, Want: c.want})
+	}
+	for i, said := range askJudges(t, requests) {
+		if cases[i].refused {
+			require.NotEmpty(t, said, cases[i].name)
+		} else {
+			require.Empty(t, said, cases[i].name)
+		}
+	}
+}
+
+// Debian's program webhook (adnanh/webhook) runs a command for what is signed as its rule says, and for nothing else.
+func TestOtherPeoplesCodeRunsItsHookForOurSignatures(t *testing.T) {
+	program, err := exec.LookPath("webhook")
+	if err != nil {
+		t.Skip("needs Debian's package webhook: ", err)
+	}
+	dir := t.TempDir()
+	ran := filepath.Join(dir, "ran")
+	script := filepath.Join(dir, "hook")
+	require.NoError(t, os.WriteFile(script, []byte("#!/bin/sh\nprintf '%s %s\\n' \"$1\" \"$2\" >>'"+ran+"'\n"), 0o700))
+	hook := func(id, algorithm, header string) map[string]any {
+		parameter := func(source, name string) map[string]any { return map[string]any{"source": source, "name": name} }
+		return map[string]any{
+			"id": id, "execute-command": script, "http-methods": []string{"POST"}, "trigger-rule-mismatch-http-response-code": 403, "trigger-signature-soft-failures": true,
+			"include-command-output-in-response": true, // so that it has ended when the answer comes
+			"pass-arguments-to-command":          []any{map[string]any{"source": "string", "name": id}, parameter("payload", "data.amount")},
+			"trigger-rule": map[string]any{"or": []any{map[string]any{"match": map[string]any{ // in an or a wrong signature is a mismatch, else an error
+				"type": "payload-hmac-" + algorithm, "secret": plainSecret, "parameter": parameter("header", header),
+			}}}},
+		}
+	}
+	hooks, err := json.Marshal([]any{
+		hook("github-256", "sha256", "X-Hub-Signature-256"), hook("github-1", "sha1", "X-Hub-Signature"), hook("own-512", "sha512", "X-Own"),
+	})
+	require.NoError(t, err)
+	file := filepath.Join(dir, "hooks.json")
+	require.NoError(t, os.WriteFile(file, hooks, 0o600))
+
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	address := l.Addr().(*net.TCPAddr)
+	require.NoError(t, l.Close())
+	cmd := exec.Command(program, "-hooks", file, "-ip", "127.0.0.1", "-port", strconv.Itoa(address.Port), "-verbose")
+	var log bytes.Buffer // read it when the program has ended
+	cmd.Stdout, cmd.Stderr = &log, &log
+	require.NoError(t, cmd.Start())
+	ended := sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	defer ended()
+	require.Eventually(t, func() bool {
+		conn, err := net.Dial("tcp", address.String())
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	}, patience, 10*time.Millisecond)
+
+	own := custom("X-Own")
+	own.Algorithm, own.Prefix = "sha512", "sha512="
+	b := setup(t, nil)
+	send := func(id string, signing []outbox.Signing, secret outbox.Secret) outbox.Outcome {
+		return b.send(endpoint("http://"+address.String()+"/hooks/"+id, func(e *outbox.Endpoint) {
+			e.ID, e.Signing, e.Secrets = id, signing, []outbox.Secret{secret}
+		}))
+	}
+	var want string
+	for _, c := range []struct {
+		id      string
+		signing []outbox.Signing
+	}{
+		{"github-256", signing("github")},
+		{"github-1", signing("github")},
+		{"own-512", []outbox.Signing{own}},
+	} {
+		require.Equal(t, outbox.Delivered, send(c.id, c.signing, plainSecret).Verdict, c.id)
+		require.Equal(t, 403, send(c.id, c.signing, "another one").Status, c.id)
+		require.NotEqual(t, outbox.Delivered, send(c.id, signing("none"), plainSecret).Verdict, c.id)
+		want += c.id + " 120.50\n"
+	}
+	ended()
+	got, err := os.ReadFile(ran)
+	require.NoError(t, err)
+	require.Equal(t, want, string(got), log.String())
 }
 
 // What each receiver's documentation tells it to compute, computed by crypto/hmac over the bytes

@@ -1,6 +1,7 @@
-// Reads requests as JSON from stdin, [{judge, headers, body, secret}] with the body in base64, and
+// Reads requests as JSON from stdin, [{judge, headers, body, secret, want}] with the body in base64, and
 // writes what each one's judge says: "" where it accepts the request, else why not.
 
+const { deepStrictEqual } = require("node:assert");
 const { createRequire } = require("node:module");
 const from = createRequire(process.cwd() + "/"); // where the packages are installed
 globalThis.require = from; // nfe-io looks for it there
@@ -19,6 +20,15 @@ const judges = {
   "nfe-io": ({ headers, body, secret }) => {
     const nfe = new (from("nfe-io").NfeClient)({ apiKey: "none" });
     if (!nfe.webhooks.validateSignature(body, headers["x-nfe-signature"], secret)) throw new Error("not verified");
+  },
+  cloudevents: ({ headers, body, want }) => {
+    const events = [from("cloudevents").HTTP.toEvent({ headers, body: body.toString() })].flat();
+    const found = events.map((e) => {
+      e.validate();
+      const { id, type, source, time, datacontenttype, partitionkey, sequence, data } = e;
+      return { id, type, source, time: new Date(time).toISOString(), datacontenttype, partitionkey, sequence, data: ArrayBuffer.isView(data) ? Array.from(data) : data };
+    });
+    deepStrictEqual(found, want);
   },
 };
 
