@@ -36,7 +36,7 @@ func (r *Relay) Fill(ctx context.Context, s cdc.Session, xmin uint64) (cdc.Fill,
 	if err != nil {
 		return nil, err
 	}
-	if s.Mirror != nil && r.cfg.Roll != nil {
+	if s.Mirror != nil && r.cfg.Roll != nil && !r.foreign {
 		r.enroll(r.decode(s.Mirror.Rows))
 	}
 	return &fill{relay: r, into: into}, nil

@@ -109,6 +109,8 @@ type Relay struct {
 	aside  sync.WaitGroup            // endpoints being disabled or removed
 	paces  paces
 
+	foreign bool // the registry is another slot's; the stream's goroutine alone looks
+
 	changing sync.Mutex             // one change of the endpoints at a time; guards the next two
 	file     []*Endpoint            // of the file
 	table    map[string]*registered // of the registry, by id

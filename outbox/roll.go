@@ -53,6 +53,9 @@ type Version struct {
 type Roll interface {
 	// Decode reads a row of the registry as the stream has it. values may be the old ones of a delete.
 	Decode(rel *cdc.Relation, values [][]byte) (Registration, error)
+	// Owner names another slot that delivers to the registered endpoints; empty where none does. What is parked
+	// for an endpoint cannot be told apart by slot, so only one of them may.
+	Owner(ctx context.Context) (slot string, err error)
 	// Load gives the registrations there are, and their versions.
 	Load(ctx context.Context) (all []Registration, versions []Version, err error)
 	// Replace puts the versions in the place of all there are. complete tells that every change from
@@ -319,6 +322,15 @@ func (r *Relay) resume(rows []Registration, versions []Version, at Checkpoint) {
 
 // readRegistry takes up the registry as of the checkpoint: as the stream read it, or from the store.
 func (r *Relay) readRegistry(ctx context.Context, s cdc.Session, at Checkpoint, opened bool) error {
+	owner, err := r.cfg.Roll.Owner(ctx)
+	if err != nil {
+		return fmt.Errorf("read the registry: %w", err)
+	}
+	if r.foreign = owner != ""; r.foreign {
+		r.log.Warn("walhook.endpoints is another slot's: its endpoints get nothing from this one", zap.String("slot", owner),
+			zap.String("remedy", "where that slot is gone for good: delete from walhook.checkpoints where slot = '"+owner+"'"))
+		return nil
+	}
 	if s.Mirror != nil {
 		versions := r.enroll(r.decode(s.Mirror.Rows))
 		for i := range versions {
@@ -480,6 +492,10 @@ func (g *registered) version() []byte {
 // register takes a change of the registry, between the rows around it.
 func (r *Relay) register(row *cdc.Row) {
 	now := time.Now()
+	if r.foreign {
+		r.ledger.Open(row.Position, 0, now)
+		return
+	}
 	r.changing.Lock()
 	defer r.changing.Unlock()
 	var versions []Version

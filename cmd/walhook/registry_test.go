@@ -214,3 +214,26 @@ func TestRowThatIsNoEndpointIsMarkedAndMended(t *testing.T) {
 	eventually(t, "an invalid endpoint", func() bool { s, _ := b.status("scheme"); return s == "invalid" })
 	p.stop()
 }
+
+// Two slots cannot tell apart what is parked for an endpoint, so one of them delivers to it.
+func TestOneOfTwoWalhooksInADatabaseServesTheRegistry(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	one, two, rx := newReceiver(t), newReceiver(t), sendertest.New(t, sendertest.Config{})
+	config := b.loopback(b.config(endpoint("one", one, "")))
+	first := start(t, config).streaming()
+	other := &bench{t: t, url: b.url, dir: t.TempDir(), slot: b.slot + "b"}
+	second := start(t, other.loopback(other.config(endpoint("two", two, "")))).streaming()
+	b.exec(fmt.Sprintf("insert into walhook.endpoints (id, url) values ('mine', '%s')", rx.URL()))
+	for i := range 5 {
+		b.insert(fmt.Sprint(i))
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	require.NoError(t, one.WaitFor(ctx, 5))
+	require.NoError(t, two.WaitFor(ctx, 5))
+	require.NoError(t, rx.WaitFor(ctx, 5))
+	second.stop()
+	first.stop()
+	require.Len(t, rx.Requests(), 5)
+}

@@ -77,6 +77,21 @@ func secretsOf(texts []string) []outbox.Secret {
 	return all
 }
 
+const otherOwner = `
+select coalesce(min(slot), '')
+from walhook.checkpoints
+where registry
+and slot <> $1`
+
+// Owner names another slot whose checkpoint says that it follows the registry.
+func (s *Store) Owner(ctx context.Context) (slot string, err error) {
+	err = s.plain(ctx, step{what: "read", sql: otherOwner, args: []any{s.slot}, row: func(r pgx.Rows) error { return r.Scan(&slot) }})
+	if err != nil {
+		return "", fmt.Errorf("read checkpoints: %w", err)
+	}
+	return slot, nil
+}
+
 const selectRegistrations = `
 select
 	id, url, tenant, events, coalesce(filter, ''), secrets, previous_secrets_until, settings::text, status, status_reason, description
