@@ -525,6 +525,7 @@ func (l *Lane) work(it *item, ep *Endpoint) {
 		if it.round == l.round {
 			l.fresh--
 		}
+		out.Gone = out.Gone && a.Endpoint.URL == l.ep.URL // else it says nothing of the address that the endpoint has now
 		l.ended(it, out)
 		it, ep = l.next(), l.ep
 		l.dispatch()
@@ -620,9 +621,9 @@ func (l *Lane) failed(it *item, out Outcome, now time.Time) {
 		l.again(it, Change{State: StateParked, Reason: out.Reason, Due: now.Add(max(step, asked)), Status: out.Status, Detail: out.Detail})
 	}
 	switch {
-	case out.Gone:
+	case out.Gone && !l.gone: // else another endpoint may have its id by now
 		l.relay.disable(l.ep, "it answered 410 Gone")
-	case l.ep.DisableAfter > 0 && now.Sub(l.failing) > l.ep.DisableAfter:
+	case !l.gone && l.ep.DisableAfter > 0 && now.Sub(l.failing) > l.ep.DisableAfter:
 		l.relay.disable(l.ep, "it has failed for "+l.ep.DisableAfter.String())
 	case asked > 0 && (out.Status == 429 || out.Status == 503):
 		l.pause(ReasonRetryAfter, now.Add(asked))
@@ -866,6 +867,9 @@ func (l *Lane) setEndpoint(ep *Endpoint) {
 	l.ep = ep
 	l.now.Store(ep)
 	l.setPace(old)
+	if old.URL != ep.URL {
+		l.failing = time.Time{} // that was another address
+	}
 	if l.limit > ep.Concurrency || l.limit >= old.Concurrency {
 		l.limit = ep.Concurrency
 	}

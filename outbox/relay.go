@@ -629,7 +629,7 @@ func (r *Relay) disable(ep *Endpoint, why string) {
 		r.log.Warn("endpoint disabled", zap.String("endpoint", ep.ID), zap.String("reason", why))
 		r.herald.tell(r.noticeOf(TypeDisabled, ep.ID, ep.Tenant, endpointNotice{ep.ID, why}))
 		if ep.Origin == FromTable {
-			r.disableRegistered(ep.ID, why)
+			r.disableRegistered(ep, why)
 			return
 		}
 		ctx, cancel := context.WithTimeout(r.sendCtx, 10*time.Second)

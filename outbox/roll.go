@@ -364,12 +364,14 @@ func (r *Relay) decode(rows []*cdc.Row) (all []Registration) {
 	return all
 }
 
-// disableRegistered disables an endpoint of the registry; its row will say so.
-func (r *Relay) disableRegistered(id, why string) {
+// disableRegistered disables an endpoint of the registry, unless it has another address by now; its row
+// will say so.
+func (r *Relay) disableRegistered(ep *Endpoint, why string) {
 	r.changing.Lock()
 	defer r.changing.Unlock()
+	id := ep.ID
 	g := r.table[id]
-	if g == nil {
+	if g == nil || g.endpoint.URL != ep.URL {
 		return
 	}
 	r.clerk.mark(id, Disabled, why)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -236,4 +237,50 @@ func TestOneOfTwoWalhooksInADatabaseServesTheRegistry(t *testing.T) {
 	second.stop()
 	first.stop()
 	require.Len(t, rx.Requests(), 5)
+}
+
+func (b *bench) event(key string, n int) string {
+	return fmt.Sprintf("insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', '%s', 'order.changed', '{\"n\":%d}')", key, n)
+}
+
+// pass inserts an event of that number and waits until the receiver has it: the stream has come so far.
+func (b *bench) pass(rx *sendertest.Receiver, n int) {
+	b.t.Helper()
+	b.exec(b.event("pass", n))
+	ctx, cancel := context.WithTimeout(b.t.Context(), patience)
+	defer cancel()
+	require.NoError(b.t, rx.WaitUntil(ctx, func(all []sendertest.Request) bool { return slices.Contains(got(all)["/hooks"], n) }))
+}
+
+func TestGoneOfTheOldAddressLeavesTheNewOneAlone(t *testing.T) {
+	t.Parallel()
+	for how, sql := range map[string]string{
+		"registered again": "begin; delete from walhook.endpoints; insert into walhook.endpoints (id, url) values ('x', '%s/new'); commit",
+		"changed":          "update walhook.endpoints set url = '%s/new'",
+	} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			file, rx, old := newReceiver(t), sendertest.New(t, sendertest.Config{}), sendertest.New(t, sendertest.Config{})
+			late := make(chan struct{})
+			old.Script(sendertest.On(late, sendertest.Status(http.StatusGone)))
+			p := start(t, b.loopback(b.config(endpoint("file", file, "")))).streaming()
+			b.exec(fmt.Sprintf("insert into walhook.endpoints (id, url) values ('x', '%s/old')", old.URL()))
+			b.exec(b.event("k", 1))
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			require.NoError(t, old.WaitFor(ctx, 1))
+			b.exec(fmt.Sprintf(sql, rx.URL()))
+			b.pass(file, 2)
+			close(late)
+			b.exec(b.event("other", 3))
+			require.NoError(t, rx.WaitUntil(ctx, func(all []sendertest.Request) bool { return slices.Contains(got(all)["/hooks/new"], 3) }))
+			status, reason := b.status("x")
+			require.Equal(t, "enabled", status, reason)
+			b.pass(file, 4)
+			p.stop()
+			status, reason = b.status("x")
+			require.Equal(t, "enabled", status, reason)
+		})
+	}
 }
