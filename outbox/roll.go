@@ -49,7 +49,7 @@ type Version struct {
 	Content    []byte // nil: it was removed
 }
 
-// Roll keeps the registrations. Its writes carry the holder's epoch, but for SetStatus.
+// Roll keeps the registrations. Its writes carry the holder's epoch, but for Mark.
 type Roll interface {
 	// Decode reads a row of the registry as the stream has it. values may be the old ones of a delete.
 	Decode(rel *cdc.Relation, values [][]byte) (Registration, error)
@@ -65,9 +65,9 @@ type Roll interface {
 	Save(ctx context.Context, versions []Version) error
 	// Prune drops the versions that no stream from the checkpoint on has use for.
 	Prune(ctx context.Context) error
-	// SetStatus marks a registration. It does nothing where that is its status already, and fails
-	// with ErrNoEndpoint where there is none.
-	SetStatus(ctx context.Context, endpointID string, status Status, reason string) error
+	// Mark gives a registration a status in the place of another one, or of whatever it has where that is
+	// empty: what others have made of it since stays. It fails with ErrNoEndpoint where there is none.
+	Mark(ctx context.Context, endpointID string, from, to Status, reason string) error
 	// Drop discards what is parked for an endpoint of events before a position.
 	Drop(ctx context.Context, endpointID string, before cdc.Position) (int64, error)
 }
@@ -109,6 +109,7 @@ const (
 )
 
 type mark struct {
+	from   Status // that we saw; empty: whatever it is
 	status Status
 	reason string
 	unseen int // how often its row was not there
@@ -133,10 +134,10 @@ func (c *clerk) save(versions []Version, done func()) {
 	c.wake()
 }
 
-func (c *clerk) mark(endpointID string, status Status, reason string) {
+func (c *clerk) mark(endpointID string, from, status Status, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.marks[endpointID] = mark{status: status, reason: reason}
+	c.marks[endpointID] = mark{from: from, status: status, reason: reason}
 	c.wake()
 }
 
@@ -169,7 +170,7 @@ func (c *clerk) run(ctx context.Context) error {
 		}
 		for id, m := range marks {
 			err := c.try(ctx, func() error {
-				err := c.roll.SetStatus(ctx, id, m.status, m.reason)
+				err := c.roll.Mark(ctx, id, m.from, m.status, m.reason)
 				if errors.Is(err, ErrNoEndpoint) {
 					c.again(id, m)
 					return nil
@@ -253,7 +254,7 @@ func (c *clerk) prune(ctx context.Context) {
 // flush waits until everything is written, or until ctx ends.
 func (c *clerk) flush(ctx context.Context) error {
 	c.mu.Lock()
-	if !c.busy && len(c.done) == 0 {
+	if !c.busy && len(c.done)+len(c.marks) == 0 {
 		c.mu.Unlock()
 		return nil
 	}
@@ -374,7 +375,7 @@ func (r *Relay) disableRegistered(ep *Endpoint, why string) {
 	if g == nil || g.endpoint.URL != ep.URL {
 		return
 	}
-	r.clerk.mark(id, Disabled, why)
+	r.clerk.mark(id, "", Disabled, why)
 	g.off = true
 	r.judge(g)
 	r.mu.Lock()
@@ -430,13 +431,13 @@ func (r *Relay) judge(g *registered) {
 		ep.Status = Disabled
 		if (row.Status != Invalid || row.StatusReason != reason) && g.wrong != reason {
 			r.log.Warn("an endpoint of walhook.endpoints is not valid", zap.String("endpoint", row.ID), zap.String("reason", reason))
-			r.clerk.mark(row.ID, Invalid, reason)
+			r.clerk.mark(row.ID, row.Status, Invalid, reason)
 			g.wrong = reason
 			r.herald.tell(r.noticeOf(TypeInvalid, row.ID, row.Tenant, endpointNotice{row.ID, reason}))
 		}
 	case row.Status == Invalid:
 		r.log.Info("an endpoint of walhook.endpoints is valid again", zap.String("endpoint", row.ID))
-		r.clerk.mark(row.ID, Enabled, "")
+		r.clerk.mark(row.ID, Invalid, Enabled, "")
 	case row.Status == Paused:
 		ep.Status = Paused
 	}
@@ -547,6 +548,9 @@ func (r *Relay) enter(row Registration, at cdc.Position) (versions []Version) {
 	}
 	if g.off && row.Status == Enabled && g.row.Status != Enabled {
 		g.off = false // somebody enabled it again
+	}
+	if row.Status != g.row.Status && row.Status != Invalid {
+		g.wrong = "" // the row does not say it any more
 	}
 	g.row, g.then = row, nil
 	r.judge(g)

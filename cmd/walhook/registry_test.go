@@ -284,3 +284,38 @@ func TestGoneOfTheOldAddressLeavesTheNewOneAlone(t *testing.T) {
 		})
 	}
 }
+
+func TestInvalidRowThatIsEnabledUnmendedIsMarkedAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file := newReceiver(t)
+	p := start(t, b.loopback(b.config(endpoint("file", file, "")))).streaming()
+	b.exec("insert into walhook.endpoints (id, url) values ('x', 'ftp://nothing')")
+	for range 2 {
+		eventually(t, "the mark", func() bool { status, reason := b.status("x"); return status == "invalid" && strings.Contains(reason, "https://") })
+		b.exec("update walhook.endpoints set status = 'enabled', status_reason = ''")
+	}
+	eventually(t, "the mark", func() bool { status, _ := b.status("x"); return status == "invalid" })
+	p.stop()
+}
+
+// Who disables an endpoint is obeyed, though we learn only then that it was once invalid.
+func TestMistakeOfThePastDoesNotEnableWhatIsDisabledByNow(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file, rx := newReceiver(t), sendertest.New(t, sendertest.Config{})
+	config := b.loopback(b.config(endpoint("file", file, "")))
+	start(t, config).streaming().stop()
+	b.exec("insert into walhook.endpoints (id, url) values ('x', 'ftp://nothing')")
+	b.exec(fmt.Sprintf("update walhook.endpoints set url = '%s/x'", rx.URL()))
+	b.exec("update walhook.endpoints set status = 'disabled'")
+	p := start(t, config).streaming()
+	b.pass(file, 1)
+	p.stop() // its marks are written by now
+	p = start(t, config).streaming()
+	b.pass(file, 2)
+	p.stop()
+	status, _ := b.status("x")
+	require.Equal(t, "disabled", status)
+	require.Empty(t, rx.Requests())
+}

@@ -223,16 +223,17 @@ with there as (
 	set status = $2, status_reason = $3, updated_at = now()
 	where id = $1
 	and (status, status_reason) is distinct from ($2, $3)
+	and ($4 = '' or status = $4)
 )
 select count(*)
 from there`
 
-// SetStatus marks a registration. Commands do it too, so it asks for no epoch. It fails with
+// Mark gives a registration a status in the place of another one; from empty is any. It fails with
 // ErrNoEndpoint where none is seen: the stream may bring a row before it is visible to others.
-func (s *Store) SetStatus(ctx context.Context, endpointID string, status outbox.Status, reason string) error {
+func (s *Store) Mark(ctx context.Context, endpointID string, from, status outbox.Status, reason string) error {
 	var seen int
 	err := s.plain(ctx, step{
-		what: "update", sql: setStatus, args: []any{endpointID, string(status), cleanDetail(reason, s.asciiOnly.Load())},
+		what: "update", sql: setStatus, args: []any{endpointID, string(status), cleanDetail(reason, s.asciiOnly.Load()), string(from)},
 		row: func(r pgx.Rows) error { return r.Scan(&seen) },
 	})
 	if err == nil && seen == 0 {
