@@ -647,7 +647,9 @@ func (r *Relay) disable(ep *Endpoint, why string) {
 				eps[i] = &off
 			}
 		}
-		r.takeUp(eps)
+		if err := r.install(eps); err != nil {
+			r.log.Error("the endpoint could not be disabled", zap.String("endpoint", ep.ID), zap.Error(err))
+		}
 	})
 }
 
@@ -682,11 +684,25 @@ func (r *Relay) leftBy(endpoints []*Endpoint) <-chan struct{} {
 func (r *Relay) setEndpoints(file []*Endpoint) error {
 	before := r.file
 	r.file = file
+	for _, id := range slices.Sorted(maps.Keys(r.table)) {
+		r.judge(r.table[id])
+	}
+	if err := r.install(file); err != nil {
+		r.file = before
+		return err
+	}
+	return nil
+}
+
+// install puts the endpoints of the file, and those of the registry as they are, in the place of all. It is called
+// with changing locked.
+func (r *Relay) install(file []*Endpoint) error {
+	before := r.file
+	r.file = file
 	all := slices.Clone(file)
 	for _, id := range slices.Sorted(maps.Keys(r.table)) {
-		g := r.table[id]
-		if r.judge(g); !r.inFile(id) {
-			all = append(all, g.endpoint)
+		if !r.inFile(id) {
+			all = append(all, r.table[id].endpoint)
 		}
 	}
 	reg, err := NewRegistry(all)

@@ -283,7 +283,7 @@ func (r *Relay) enroll(rows []Registration) (versions []Version) {
 		r.table[row.ID] = g
 		versions = append(versions, Version{EndpointID: row.ID, Content: []byte(g.last)})
 	}
-	r.takeUp(r.file)
+	r.takeUp()
 	return versions
 }
 
@@ -315,10 +315,17 @@ func (r *Relay) resume(rows []Registration, versions []Version, at Checkpoint) {
 			delete(r.table, v.EndpointID)
 		}
 	}
-	for _, g := range r.table {
-		r.judge(g)
+	for _, row := range rows { // in their order, as who joins a group first says its rate
+		if g := r.table[row.ID]; g != nil {
+			r.judge(g)
+		}
 	}
-	r.takeUp(r.file)
+	for _, g := range r.table {
+		if g.endpoint == nil {
+			r.judge(g)
+		}
+	}
+	r.takeUp()
 }
 
 // readRegistry takes up the registry as of the checkpoint: as the stream read it, or from the store.
@@ -388,8 +395,9 @@ func (r *Relay) disableRegistered(ep *Endpoint, why string) {
 	}
 }
 
-func (r *Relay) takeUp(file []*Endpoint) {
-	if err := r.setEndpoints(file); err != nil {
+// takeUp puts the endpoints in force, those of the registry as they were judged.
+func (r *Relay) takeUp() {
+	if err := r.install(r.file); err != nil {
 		r.log.Error("the registry could not be taken up", zap.Error(err))
 	}
 }

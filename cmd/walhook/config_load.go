@@ -385,6 +385,9 @@ func (l *loader) section(v value, fields ...field) map[string]bool {
 	seen := make(map[string]bool, len(entries))
 	for _, e := range entries {
 		i := slices.Index(names, e.name)
+		if i < 0 && l.literal && len(l.problems) >= maxMistakes {
+			continue
+		}
 		if i < 0 {
 			l.problem(value{path: e.value.path, line: e.line, col: e.col},
 				"unknown key"+didYouMean(e.name, names), strings.Join(names, ", "))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -25,10 +26,27 @@ func registryPublication(publication string) string {
 // rowKeys are the settings that have a column of their own.
 var rowKeys = []string{"id", "url", "tenant", "events", "filter", "secrets"}
 
+// maxRegistered bounds a row, whose writers need not be friends; a rule may have 16 KiB, and a bundle of
+// certificates is not much longer.
+const maxRegistered = 128 << 10
+
+// maxMistakes is how many mistakes of a row are told.
+const maxMistakes = 20
+
 // parseRegistered makes an endpoint of a row of walhook.endpoints, by the rules of the file and over its
 // defaults. Nothing in a row is more than it says: other people write them, so no variable is put in. The error
 // tells its writer what is wrong, a line a mistake.
 func parseRegistered(cfg *Config, row outbox.Registration) (*outbox.Endpoint, error) {
+	size := len(row.URL) + len(row.Tenant) + len(row.Filter) + len(row.Settings)
+	for _, s := range row.Events {
+		size += len(s)
+	}
+	for _, s := range row.Secrets {
+		size += len(s.Reveal())
+	}
+	if size > maxRegistered {
+		return nil, fmt.Errorf("has %d bytes (allowed: up to %d)", size, maxRegistered)
+	}
 	l := &loader{literal: true}
 	settings, err := readObject(row.Settings)
 	if err != nil {

@@ -319,3 +319,19 @@ func TestMistakeOfThePastDoesNotEnableWhatIsDisabledByNow(t *testing.T) {
 	require.Equal(t, "disabled", status)
 	require.Empty(t, rx.Requests())
 }
+
+// Not even for the moment that its mistakes would take to be told.
+func TestHugeRowKeepsNobodyWaiting(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file := newReceiver(t)
+	config := b.loopback(b.config(endpoint("file", file, "")))
+	p := start(t, config).streaming()
+	b.exec("insert into walhook.endpoints (id, url, settings) select 'x', 'https://example.com/', jsonb_object_agg('k' || i, '{}'::jsonb) from generate_series(1, 100000) i")
+	b.pass(file, 1)
+	eventually(t, "the mark", func() bool { status, reason := b.status("x"); return status == "invalid" && strings.Contains(reason, "bytes") })
+	p.stop()
+	p = start(t, config).streaming()
+	b.pass(file, 2)
+	p.stop()
+}
