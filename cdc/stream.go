@@ -114,7 +114,7 @@ const (
 	standbyPoll       = time.Second
 	surveyInterval    = 30 * time.Second
 	openTimeout       = 30 * time.Second // of each step of a connect, but for the making of a slot
-	claimTimeout      = 2 * time.Minute // each step of it has a limit of its own; rules are compiled too
+	claimTimeout      = 2 * time.Minute  // each step of it has a limit of its own; rules are compiled too
 	// A walhook answers the server every 10 s at least, and one that has not heard from it for 15 s
 	// sends nothing.
 	frozenAfter = 20 * time.Second

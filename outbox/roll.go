@@ -27,6 +27,7 @@ type Registration struct {
 	Status        Status          // also Invalid
 	StatusReason  string
 	Description   string
+	Created       time.Time // tells it from another one of its id
 }
 
 // Invalid is the status of a registration that is no valid endpoint.
@@ -40,6 +41,8 @@ type interest struct {
 	Filter string   `json:"filter,omitempty"`
 	Wants  bool     `json:"wants"`           // it is valid and not disabled
 	Since  string   `json:"since,omitempty"` // the position of its registration; empty: it was there before the slot
+
+	Created int64 `json:"created,omitempty"` // Registration.Created in microseconds
 }
 
 // Version is what a registration was interested in from a position on.
@@ -315,6 +318,11 @@ func (r *Relay) resume(rows []Registration, versions []Version, at Checkpoint) {
 			delete(r.table, v.EndpointID)
 		}
 	}
+	for id, g := range r.table {
+		if at := g.then.Created; at != 0 && at != g.row.Created.UnixMicro() { // the id is another one's by now
+			g.row = Registration{ID: id, Status: Disabled}
+		}
+	}
 	for _, row := range rows { // in their order, as who joins a group first says its rate
 		if g := r.table[row.ID]; g != nil {
 			r.judge(g)
@@ -406,6 +414,9 @@ func (r *Relay) inFile(id string) bool {
 	return slices.ContainsFunc(r.file, func(e *Endpoint) bool { return e.ID == id })
 }
 
+// noAddress is the address of an endpoint that nothing is sent to.
+const noAddress = "https://walhook.invalid/"
+
 // judge makes the endpoint of a registration. One that is not valid is disabled, so that what is parked
 // for it stays; its row is marked.
 func (r *Relay) judge(g *registered) {
@@ -422,7 +433,12 @@ func (r *Relay) judge(g *registered) {
 	}
 	if err != nil {
 		none := DefaultEndpoint()
-		ep = &none
+		if ep = &none; g.then != nil { // what it wanted then is kept for it, and no more
+			was := Registration{ID: row.ID, URL: noAddress, Tenant: row.Tenant, Events: row.Events, Filter: row.Filter}
+			if sound, wrong := r.cfg.Register(was); wrong == nil {
+				ep = sound
+			}
+		}
 		ep.ID, ep.Tenant, ep.Events = row.ID, row.Tenant, row.Events
 	}
 	ep.Origin, ep.Status = FromTable, Enabled
@@ -492,6 +508,9 @@ func (g *registered) version() []byte {
 	is := interest{Tenant: g.row.Tenant, Events: g.row.Events, Filter: g.row.Filter, Wants: g.endpoint.Status != Disabled}
 	if g.since != (cdc.Position{}) {
 		is.Since = g.since.String()
+	}
+	if !g.row.Created.IsZero() {
+		is.Created = g.row.Created.UnixMicro()
 	}
 	content, err := json.Marshal(is)
 	if err != nil {

@@ -292,7 +292,10 @@ func TestInvalidRowThatIsEnabledUnmendedIsMarkedAgain(t *testing.T) {
 	p := start(t, b.loopback(b.config(endpoint("file", file, "")))).streaming()
 	b.exec("insert into walhook.endpoints (id, url) values ('x', 'ftp://nothing')")
 	for range 2 {
-		eventually(t, "the mark", func() bool { status, reason := b.status("x"); return status == "invalid" && strings.Contains(reason, "https://") })
+		eventually(t, "the mark", func() bool {
+			status, reason := b.status("x")
+			return status == "invalid" && strings.Contains(reason, "https://")
+		})
 		b.exec("update walhook.endpoints set status = 'enabled', status_reason = ''")
 	}
 	eventually(t, "the mark", func() bool { status, _ := b.status("x"); return status == "invalid" })
@@ -329,9 +332,59 @@ func TestHugeRowKeepsNobodyWaiting(t *testing.T) {
 	p := start(t, config).streaming()
 	b.exec("insert into walhook.endpoints (id, url, settings) select 'x', 'https://example.com/', jsonb_object_agg('k' || i, '{}'::jsonb) from generate_series(1, 100000) i")
 	b.pass(file, 1)
-	eventually(t, "the mark", func() bool { status, reason := b.status("x"); return status == "invalid" && strings.Contains(reason, "bytes") })
+	eventually(t, "the mark", func() bool {
+		status, reason := b.status("x")
+		return status == "invalid" && strings.Contains(reason, "bytes")
+	})
 	p.stop()
 	p = start(t, config).streaming()
 	b.pass(file, 2)
 	p.stop()
+}
+
+// An id that was removed and registered again is another endpoint, also for a stream that comes to that late.
+func TestNewOwnerOfAnIDGetsNothingOfTheOneBefore(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file, rx := newReceiver(t), sendertest.New(t, sendertest.Config{})
+	config := b.loopback(b.config(endpoint("file", file, "")))
+	p := start(t, config).streaming()
+	b.exec(fmt.Sprintf("insert into walhook.endpoints (id, url) values ('x', '%s/old')", rx.URL()))
+	b.pass(file, 1)
+	p.stop()
+	b.exec(b.event("k", 2))
+	b.exec(fmt.Sprintf("begin; delete from walhook.endpoints; insert into walhook.endpoints (id, url) values ('x', '%s/new'); commit", rx.URL()))
+	b.exec(b.event("k", 3))
+	p = start(t, config).streaming()
+	b.pass(file, 4)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	require.NoError(t, rx.WaitFor(ctx, 3))
+	eventually(t, "nothing to be left of the one before", func() bool { return b.ask("select count(*) from walhook.deliveries") == 0 })
+	p.stop()
+	require.Equal(t, map[string][]int{"/hooks/old": {1}, "/hooks/new": {3, 4}}, got(rx.Requests()))
+}
+
+// What is kept for an endpoint that is invalid by now is what it wanted while it was not.
+func TestEventsOfTheTimeBeforeAMistakeAreFiltered(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	file, rx := newReceiver(t), sendertest.New(t, sendertest.Config{})
+	config := b.loopback(b.config(endpoint("file", file, "")))
+	p := start(t, config).streaming()
+	b.exec(fmt.Sprintf("insert into walhook.endpoints (id, url, filter) values ('x', '%s/x', 'data.n > 100')", rx.URL()))
+	b.pass(file, 1)
+	p.stop()
+	b.exec(b.event("k", 2))
+	b.exec(b.event("k", 200))
+	b.exec("update walhook.endpoints set url = 'ftp://nothing'")
+	p = start(t, config).streaming()
+	b.pass(file, 3)
+	b.exec(fmt.Sprintf("update walhook.endpoints set url = '%s/x'", rx.URL()))
+	b.exec(b.event("k", 300))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	require.NoError(t, rx.WaitFor(ctx, 2))
+	p.stop()
+	require.Equal(t, []int{200, 300}, got(rx.Requests())["/hooks/x"])
 }

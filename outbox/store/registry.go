@@ -54,10 +54,14 @@ func (s *Store) Decode(rel *cdc.Relation, values [][]byte) (g outbox.Registratio
 			var secrets []string
 			err = types.Scan(pgtype.TextArrayOID, pgtype.TextFormatCode, values[i], &secrets)
 			g.Secrets = secretsOf(secrets)
-		case "previous_secrets_until":
+		case "previous_secrets_until", "created_at":
 			var at pgtype.Timestamptz
 			err = types.Scan(pgtype.TimestamptzOID, pgtype.TextFormatCode, values[i], &at)
-			g.PreviousUntil = moment(at)
+			if c.Name == "created_at" {
+				g.Created = moment(at)
+			} else {
+				g.PreviousUntil = moment(at)
+			}
 		}
 		if err != nil { // not with the value: it may be a secret
 			return g, fmt.Errorf("walhook.endpoints: %s of %q cannot be read", c.Name, g.ID)
@@ -94,7 +98,7 @@ func (s *Store) Owner(ctx context.Context) (slot string, err error) {
 
 const selectRegistrations = `
 select
-	id, url, tenant, events, coalesce(filter, ''), secrets, previous_secrets_until, settings::text, status, status_reason, description
+	id, url, tenant, events, coalesce(filter, ''), secrets, previous_secrets_until, settings::text, status, status_reason, description, created_at
 from walhook.endpoints
 order by created_at, id`
 
@@ -130,9 +134,9 @@ func (s *Store) Load(ctx context.Context) (all []outbox.Registration, versions [
 func scanRegistration(r pgx.Rows) (g outbox.Registration, err error) {
 	var secrets []string
 	var settings string
-	var end pgtype.Timestamptz
-	err = r.Scan(&g.ID, &g.URL, &g.Tenant, &g.Events, &g.Filter, &secrets, &end, &settings, &g.Status, &g.StatusReason, &g.Description)
-	g.Secrets, g.PreviousUntil, g.Settings = secretsOf(secrets), moment(end), []byte(settings)
+	var end, created pgtype.Timestamptz
+	err = r.Scan(&g.ID, &g.URL, &g.Tenant, &g.Events, &g.Filter, &secrets, &end, &settings, &g.Status, &g.StatusReason, &g.Description, &created)
+	g.Secrets, g.PreviousUntil, g.Settings, g.Created = secretsOf(secrets), moment(end), []byte(settings), moment(created)
 	return g, err
 }
 
