@@ -239,7 +239,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	if t.endpoint.Timeout-now.Sub(begin) > bodyTime {
 		timer.Reset(bodyTime)
 	}
-	seen.answered(res)
+	seen.answered(t, req, res)
 	drain(res)
 	return o, effect
 }

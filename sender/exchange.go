@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -13,8 +14,8 @@ import (
 // maxSeen is how much of an answer's body, in bytes, an Exchange holds.
 const maxSeen = 4 << 10
 
-// Exchange is one attempt for people to look at. No credential of ours is in it, unless the
-// receiver sent one back.
+// Exchange is one attempt for people to look at. No credential of ours is in it, also where the
+// receiver sends back what it got: those that it knows are taken out of its answer.
 type Exchange struct {
 	Outcome outbox.Outcome
 
@@ -60,9 +61,59 @@ func (x *Exchange) asked(t *target, req *http.Request) {
 	}
 }
 
+// credentials are those of the endpoint and of the request, a fetched token too, in the forms in which a receiver has
+// them, the longest first. What is too short to be one is left out, or it would veil half an answer.
+func (t *target) credentials(req *http.Request) (all []string) {
+	add := func(values ...string) {
+		for _, v := range values {
+			if len(v) >= 4 {
+				all = append(all, v)
+			}
+		}
+	}
+	for _, s := range t.endpoint.Secrets {
+		add(s.Reveal())
+		if _, key, prefixed := strings.Cut(s.Reveal(), "_"); prefixed {
+			add(key)
+		}
+	}
+	for name, values := range req.Header {
+		if t.shows(strings.ToLower(name)) {
+			continue
+		}
+		for _, v := range values {
+			add(v)
+			if _, credential, ok := strings.Cut(v, " "); ok && strings.EqualFold(name, "Authorization") { // behind Basic or Bearer
+				add(credential)
+			}
+		}
+	}
+	if basic := t.endpoint.Auth.Basic; basic != nil {
+		add(basic.Password.Reveal())
+	}
+	if oauth2 := t.endpoint.Auth.OAuth2; oauth2 != nil {
+		add(oauth2.ClientSecret.Reveal())
+	}
+	if query := req.URL.RawQuery; query != "" {
+		add(query)
+		for _, values := range req.URL.Query() {
+			for _, v := range values {
+				if len(v) >= 8 { // most of what stands there is none
+					add(v, url.QueryEscape(v))
+				}
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b string) int { return len(b) - len(a) })
+	return slices.Compact(all)
+}
+
 // shows tells whether a request's header, in lower case, is one that every request has or that its
 // receiver checks, and so no credential.
 func (t *target) shows(name string) bool {
+	if name == "authorization" { // whoever sets it
+		return false
+	}
 	for given := range t.endpoint.Headers {
 		if strings.EqualFold(given, name) {
 			return false
@@ -72,15 +123,33 @@ func (t *target) shows(name string) bool {
 		slices.Contains(t.taken, name)
 }
 
-func (x *Exchange) answered(res *http.Response) {
+// answered notes the answer to a request, as far as it is shown.
+func (x *Exchange) answered(t *target, req *http.Request, res *http.Response) {
 	if x == nil {
 		return
 	}
-	x.Proto, x.Status, x.Answer = res.Proto, res.Status, res.Header.Clone()
+	var veils []string
+	longest := 0
+	for _, credential := range t.credentials(req) {
+		veils = append(veils, credential, redacted)
+		longest = max(longest, len(credential))
+	}
+	veil := strings.NewReplacer(veils...).Replace // of several that fit the first one given, the longest, counts
+	x.Proto, x.Status, x.Answer = res.Proto, veil(res.Status), res.Header.Clone()
 	if x.Answer.Get("Set-Cookie") != "" {
 		x.Answer.Set("Set-Cookie", redacted)
 	}
-	x.Text, _ = io.ReadAll(io.LimitReader(res.Body, maxSeen+1))
+	for _, values := range x.Answer {
+		for i := range values {
+			values[i] = veil(values[i])
+		}
+	}
+	// So much more is read, and taken off again, that no piece of a credential stands at the end.
+	text, _ := io.ReadAll(io.LimitReader(res.Body, int64(maxSeen+max(longest, 1))))
+	x.Text = []byte(veil(string(text)))
+	if len(text) > maxSeen {
+		x.Text, x.Cut = x.Text[:max(0, len(x.Text)-max(longest, 1)+1)], true
+	}
 	if len(x.Text) > maxSeen {
 		x.Text, x.Cut = x.Text[:maxSeen], true
 	}

@@ -2,6 +2,9 @@ package sender
 
 import (
 	"fmt"
+	"maps"
+	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -35,6 +38,61 @@ func TestTryShowsTheExchangeWithoutCredentials(t *testing.T) {
 	require.True(t, x.Cut)
 	require.NotContains(t, fmt.Sprintf("%+v", x), "s3cret")
 	require.Equal(t, "true", rx.Requests()[0].Header.Get("Webhook-Replay"))
+}
+
+// A receiver that sends back all that it got, and what it knows besides.
+func TestTryTakesOurCredentialsOutOfAnEcho(t *testing.T) {
+	rx := sendertest.New(t, sendertest.Config{Respond: func(q sendertest.Request) sendertest.Answer {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("X-Echo", q.Header.Get("Authorization"))
+			w.WriteHeader(418)
+			_ = q.Header.Write(w)
+			_, _ = fmt.Fprintln(w, q.Path, planted, "mine:", q.Header.Get("X-Key"))
+			n, _ := strconv.Atoi(q.Header.Get("X-Fill")) // planted stands across the end of what is read
+			_, _ = w.Write([]byte(strings.Repeat("x", n) + strings.Repeat(planted, 200)))
+		}
+	}})
+	idp := sendertest.New(t, sendertest.Config{Respond: func(sendertest.Request) sendertest.Answer {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = w.Write([]byte(`{"access_token": "` + planted + `-token", "token_type": "bearer"}`))
+		}
+	}})
+	for name, auth := range map[string]outbox.Auth{
+		"basic":  {Basic: &outbox.Basic{Username: "me", Password: planted}},
+		"bearer": {Bearer: planted},
+		"oauth2": {OAuth2: &outbox.OAuth2{TokenURL: outbox.Secret(idp.URL()), ClientID: "me", ClientSecret: planted}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := full(rx.URL(), func(e *outbox.Endpoint) { e.Auth, e.Timeout = auth, patience })
+			e.Headers["X-Key"] = planted + ` "own"`
+			c, err := New(Config{})
+			require.NoError(t, err)
+			defer c.Close()
+			try := func(fill int) *Exchange {
+				to := *e
+				to.Headers = maps.Clone(e.Headers)
+				to.Headers["X-Fill"] = strconv.Itoa(fill)
+				return c.Try(t.Context(), outbox.Attempt{Event: event(), Endpoint: &to, Number: 1})
+			}
+			for fill := maxSeen - 1000; fill < maxSeen-960; fill++ {
+				x := try(fill)
+				for cut := 4; cut < len(planted); cut++ {
+					require.NotContains(t, string(x.Text), planted[:cut])
+				}
+			}
+			x := try(maxSeen)
+			require.Equal(t, 418, x.Outcome.Status, x.Outcome.Detail)
+			text := fmt.Sprintf("%+v %s", x, x.Text)
+			require.False(t, lets(text), text)
+			require.Contains(t, string(x.Text), "mine: [redacted]")
+			require.NotContains(t, string(x.Text), `"own"`, "the longest that fits is taken out")
+			require.Contains(t, string(x.Text), "Webhook-Id: evt_1")
+			require.LessOrEqual(t, len(x.Text), maxSeen)
+			require.Greater(t, len(x.Text), maxSeen/2)
+			require.True(t, x.Cut)
+		})
+	}
 }
 
 func TestShownURLKeepsItsQueryToItself(t *testing.T) {
