@@ -6,7 +6,9 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
+	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 	"github.com/stretchr/testify/require"
 
 	"github.com/walhook/walhook/outbox"
@@ -200,6 +202,60 @@ func TestRotatedSecretsOverlap(t *testing.T) {
 	_, errs = c.does(exitFailed, "endpoints", "rotate-secret", "a")
 	require.Contains(t, errs, "room for one signature")
 	c.does(exitDone, "endpoints", "rotate-secret", "a", "--overlap", "0")
+}
+
+// The same seen from the receiver of a walhook that runs: what is committed behind the rotation is signed by both secrets
+// until the overlap is over, and by the new one alone from then on.
+func TestARotatedSecretOfTheTableOverlapsWhileRunning(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	rx := sendertest.New(t, sendertest.Config{})
+	c := &counter{b, b.near(b.config())}
+	p := start(t, c.path).streaming()
+	var made struct{ Secret string }
+	c.json(&made, "endpoints", "add", "--url", rx.URL(), "--id", "a")
+	oldest := made.Secret
+
+	// next is the delivery of one more event.
+	n := 0
+	next := func() sendertest.Request {
+		t.Helper()
+		n++
+		b.insert(fmt.Sprint("k", n))
+		requireAll(t, rx, n)
+		return rx.Requests()[n-1]
+	}
+	verifies := func(q sendertest.Request, secret string) bool {
+		wh, err := standardwebhooks.NewWebhook(secret)
+		require.NoError(t, err)
+		return wh.Verify(q.Body, q.Header) == nil
+	}
+	q := next()
+	require.True(t, verifies(q, oldest))
+
+	c.json(&made, "endpoints", "rotate-secret", "a", "--overlap", "1h")
+	second := made.Secret
+	q = next()
+	require.True(t, verifies(q, oldest) && verifies(q, second), "for the overlap both verify")
+
+	c.json(&made, "endpoints", "rotate-secret", "a", "--overlap", "3s")
+	third := made.Secret
+	var until time.Time
+	require.NoError(t, b.conn().QueryRow(t.Context(), "select previous_secrets_until from walhook.endpoints").Scan(&until))
+	for over := false; !over; {
+		q = next()
+		require.True(t, verifies(q, third), "the new one verifies at all times")
+		require.False(t, verifies(q, oldest), "two rotations ago")
+		over = !verifies(q, second)
+		require.False(t, over && q.At.Before(until), "at %s it still has to verify, until %s", q.At, until)
+		require.False(t, !over && !q.Timestamp.Before(until), "signed at %s, later than %s", q.Timestamp, until)
+	}
+	require.Len(t, strings.Fields(q.Header.Get("Webhook-Signature")), 1)
+	require.Zero(t, repeats(rx))
+	p.stop()
+	for _, secret := range []string{oldest, second, third} {
+		require.NotContains(t, p.log.String(), secret[6:])
+	}
 }
 
 func TestTestShowsRequestAndAnswer(t *testing.T) {
