@@ -36,7 +36,7 @@ const (
 // example is one configuration of docs/examples and the service that it talks to.
 type example struct {
 	sql    string   // the file with the outbox
-	insert []string // what the app does, where that file does not say it
+	insert []string // what the app does besides what the files say
 	env    []string // URL stands for the service's address
 	// takes is the service: what it understood of a request that it accepts, or why it refuses it.
 	takes func(q sendertest.Request) (understood string, err error)
@@ -255,7 +255,6 @@ func examples() map[string]example {
 		"nfeio": {
 			sql: "outbox.sql", env: []string{"NFEIO_URL=URL", "NFEIO_SECRET=" + exampleSecret}, takes: nfeio,
 			insert: []string{
-				outboxRow("service_invoice.issued_successfully", "in_1042", `{"id": "in_1042", "number": 1042, "amount": 120.50}`),
 				outboxRow("product_invoice.cancelled_successfully", "in_7", `{"id": "in_7", "number": 7, "amount": 1e2, "reason": "não há & nada=\"x\""}`),
 				outboxRow("customer.created", "c", `{}`),
 			},
@@ -267,6 +266,7 @@ func examples() map[string]example {
 		"provi": {
 			sql: "outbox.sql", env: []string{"PROVI_URL=URL", "PROVI_TOKEN=" + exampleToken}, takes: provi, insert: checkouts,
 			want: []string{
+				"enrolment paid 1250.00 ana@example.com", // what the file says
 				"enrolment paid 1000.50 ana@example.com", "enrolment contract_sent 1003.50 ana@example.com", "enrolment contract_signed 1004.50 ana@example.com",
 				"enrolment contract_expired 1005.50 ana@example.com", "enrolment cancelled 1007.50 ana@example.com",
 				"refusals payment_refused because income 1002.50 ana@example.com",
@@ -274,12 +274,11 @@ func examples() map[string]example {
 		},
 		"activecampaign": {
 			sql: "outbox.sql", env: []string{"ACTIVECAMPAIGN_URL=URL", "ACTIVECAMPAIGN_TOKEN=" + exampleToken}, takes: activeCampaign, pace: fiveASecond(),
-			insert: contacts, want: synced,
+			insert: contacts, want: append(synced, "sync ana@example.com"),
 		},
 		"activecampaign-form": {
 			sql: "outbox.sql", env: []string{"CRM_URL=URL", "CRM_TOKEN=" + exampleToken}, takes: activeCampaignForm,
 			insert: []string{
-				outboxRow("customer.registered", "5", `{"id": 5, "email": "ana+shop@example.com", "first_name": "Ana", "tags": ["new", "shop"]}`),
 				outboxRow("customer.changed", "6", `{"id": 6, "email": "zoë&co=1@example.com"}`),
 			},
 			want: []string{"subscribe 5 ana+shop@example.com Ana new, shop", "update 6 zoë&co=1@example.com  "},
@@ -287,7 +286,6 @@ func examples() map[string]example {
 		"github": {
 			sql: "outbox.sql", env: []string{"GITHUB_STYLE_URL=URL", "GITHUB_STYLE_SECRET=" + exampleSecret}, takes: github,
 			insert: []string{
-				outboxRow("push", "shop", `{"ref": "refs/heads/main", "repository": {"full_name": "acme/shop"}}`),
 				outboxRow("release", "shop", `{"ref": "v1", "repository": {"full_name": "acme/shöp"}}`),
 				outboxRow("star", "shop", `{}`),
 			},
@@ -296,7 +294,6 @@ func examples() map[string]example {
 		"stripe": {
 			sql: "outbox.sql", env: []string{"STRIPE_STYLE_URL=URL", "STRIPE_STYLE_SECRET=" + testSecret}, takes: stripe,
 			insert: []string{
-				outboxRow("invoice.paid", "in_1042", `{"id": "in_1042", "object": "invoice", "amount_paid": 12050}`),
 				outboxRow("customer.created", "c", `{}`),
 			},
 			want: []string{"invoice.paid in_1042 12050"},
@@ -304,7 +301,6 @@ func examples() map[string]example {
 		"shopify": {
 			sql: "outbox.sql", env: []string{"SHOPIFY_STYLE_URL=URL", "SHOPIFY_STYLE_SECRET=" + exampleSecret}, takes: shopify,
 			insert: []string{
-				outboxRow("orders.create", "1", `{"id": 820982911946154508, "total_price": "403.00"}`),
 				outboxRow("app.uninstalled", "1", `{"id": 12345678901234567890123}`),
 				outboxRow("app.installed", "1", `{}`),
 			},
@@ -348,6 +344,12 @@ func TestEveryExampleIsAcceptedByTheServiceItIsFor(t *testing.T) {
 			require.NoError(t, err)
 			require.Contains(t, string(text), e.sql)
 			table, does, _ := strings.Cut(string(sql), "-- What the app does:\n")
+			if _, comment, ok := strings.Cut(string(text), "#   insert into "); ok {
+				comment, _, ok = strings.Cut(comment, ";\n")
+				require.True(t, ok)
+				does = "insert into " + strings.ReplaceAll(comment, "\n#", "\n")
+			}
+			require.NotEmpty(t, does)
 
 			b := newBench(t)
 			b.exec("drop table outbox") // of the bench: the example brings its own
@@ -371,10 +373,19 @@ func TestEveryExampleIsAcceptedByTheServiceItIsFor(t *testing.T) {
 			config := filepath.Join(b.dir, "walhook.yaml")
 			text = fmt.Appendf(text, "\ncdc: {slot: %s, publication: %[1]s}\nserver: {listen: \"127.0.0.1:0\"}\n", b.slot) // what tests side by side need of their own
 			require.NoError(t, os.WriteFile(config, text, 0o600))
+			env := map[string]string{"WALHOOK_DATABASE_URL": b.url}
+			for _, v := range e.env {
+				name, value, _ := strings.Cut(v, "=")
+				env[name] = value
+				if value == "URL" {
+					env[name] = base
+				}
+			}
+			code, out, errs := runWith(t, env, "check", "--config", config)
+			require.Equal(t, exitDone, code, out+errs)
 			p := startBy(t, `exec "$0" run --config "$1"`, config, func(cmd *exec.Cmd) {
-				cmd.Env = append(cmd.Env, "WALHOOK_DATABASE_URL="+b.url)
-				for _, v := range e.env {
-					cmd.Env = append(cmd.Env, strings.Replace(v, "=URL", "="+base, 1))
+				for name, value := range env {
+					cmd.Env = append(cmd.Env, name+"="+value)
 				}
 			})
 			began := time.Now()

@@ -85,7 +85,7 @@ func TestNoSecretIsInAnythingThatARunWrites(t *testing.T) {
 	endpoints := []string{
 		`{id: refused, url: "http://127.0.0.1:1/` + inPath + `?token=` + planted + `", secrets: ["${SECRET}"], auth: {basic: {username: me, password: ` + planted + `-basic}}}`,
 		`{id: broken, url: "` + broken.URL() + `?token=` + planted + `", secrets: ["${SECRET}", ` + testSecret + `], headers: {Authorization: "Bearer ` + planted + `-header"}}`,
-		`{id: denied, url: "` + denied.URL() + `", signing: github, secrets: ["${file:` + at("plain", planted+"-file\n") + `}"], auth: {bearer: "${BEARER}"}}`,
+		`{id: denied, url: "` + denied.URL() + `", signing: github, secrets: ["${file:` + at("plain", planted+"-file\n") + `}"], auth: {bearer: "${BEARER}"}, retry: {dead_on: [401]}}`,
 		`{id: gone, url: "` + gone.URL() + `", signing: stripe, secrets: [` + planted + `-stripe], headers: {Cookie: "a=` + planted + `"}}`,
 		`{id: hanging, url: "` + hanging.URL() + `", timeout: 150ms, signing: {header: X-Sig, prefix: "v0="}, secrets: ["${file:` + at("own", planted+"-own") + `}"]}`,
 		`{id: garbled, url: "` + garbled.URL() + `", auth: {bearer: "${file:` + at("bearer", planted+"-mounted") + `}"}}`,
