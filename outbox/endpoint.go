@@ -1,7 +1,6 @@
 package outbox
 
 import (
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -157,19 +156,6 @@ func (Auth) Format(f fmt.State, _ rune)    { _, _ = io.WriteString(f, redacted) 
 func (Basic) Format(f fmt.State, _ rune)   { _, _ = io.WriteString(f, redacted) }
 func (OAuth2) Format(f fmt.State, _ rune)  { _, _ = io.WriteString(f, redacted) }
 func (KeyPair) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
-
-// Credentials are the texts in requests that nobody else may see.
-func (a Auth) Credentials() (all []string) {
-	if a.Basic != nil {
-		pair := a.Basic.Username + ":" + a.Basic.Password.Reveal()
-		all = append(all, a.Basic.Password.Reveal(), base64.StdEncoding.EncodeToString([]byte(pair)))
-	}
-	if a.OAuth2 != nil {
-		all = append(all, a.OAuth2.ClientSecret.Reveal())
-	}
-	all = append(all, a.Bearer.Reveal())
-	return slices.DeleteFunc(all, func(s string) bool { return s == "" })
-}
 
 // Basic is a user name and password, sent with every request.
 type Basic struct {
