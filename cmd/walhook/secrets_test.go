@@ -177,8 +177,7 @@ func TestNoSecretIsInAnythingThatARunWrites(t *testing.T) {
 	}
 	require.Contains(t, said["/metrics"], `outcome="dead"`)
 
-	// Every table of the schema, but for what the app itself keeps in walhook.endpoints, and the copy of that
-	// which a restart reads the stream again with.
+	// Every table of the schema, but for what the app itself keeps in walhook.endpoints.
 	rows, err := b.conn().Query(t.Context(), "select table_name::text from information_schema.tables where table_schema = 'walhook'")
 	require.NoError(t, err)
 	var tables []string

@@ -45,7 +45,7 @@ func TestRegisteredEndpointsAreKeptAsGiven(t *testing.T) {
 	require.ErrorIs(t, b.UpdateRegistered(t.Context(), changed), ErrChanged, "it is another version now")
 	all, err = b.Registered(t.Context(), made.ID)
 	require.NoError(t, err)
-	require.Equal(t, "paused", all[0].Status)
+	require.Equal(t, outbox.Paused, all[0].Status)
 	require.NoError(t, b.Unregister(t.Context(), made.ID))
 	all, err = b.Registered(t.Context(), "")
 	require.NoError(t, err)
