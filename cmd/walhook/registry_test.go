@@ -97,7 +97,7 @@ func TestEndpointsGetExactlyWhatWasCommittedWhileTheyWereThere(t *testing.T) {
 			p := start(t, config).streaming()
 			ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 			defer cancel()
-			const clients, rounds = 4, 400
+			const clients, rounds = 4, 250
 			var mu sync.Mutex
 			want := map[string][]int{}
 			var events int

@@ -158,7 +158,9 @@ func (r *Receiver) Reopen() error {
 	if err != nil {
 		return err
 	}
-	r.addr = l.Addr().String()
+	if addr := l.Addr().String(); addr != r.addr { // only at first, when nobody else has the receiver
+		r.addr = addr
+	}
 	server := &http.Server{
 		Handler:           http.HandlerFunc(r.serve),
 		ErrorLog:          log.New(io.Discard, "", 0),
