@@ -69,7 +69,7 @@ type Roll interface {
 	// Prune drops the versions that no stream from the checkpoint on has use for.
 	Prune(ctx context.Context) error
 	// Mark gives a registration a status in the place of another one, or of whatever it has where that is
-	// empty: what others have made of it since stays. It fails with ErrNoEndpoint where there is none.
+	// empty: what others have made of it since stays. It fails with ErrNoEndpoint where there is none of either.
 	Mark(ctx context.Context, endpointID string, from, to Status, reason string) error
 	// Drop discards what is parked for an endpoint of events before a position.
 	Drop(ctx context.Context, endpointID string, before cdc.Position) (int64, error)

@@ -218,7 +218,7 @@ func (s *Store) Prune(ctx context.Context) error {
 
 const setStatus = `
 with there as (
-	select id
+	select status
 	from walhook.endpoints
 	where id = $1
 	for update
@@ -230,10 +230,11 @@ with there as (
 	and ($4 = '' or status = $4)
 )
 select count(*)
-from there`
+from there
+where $4 = '' or status in ($2, $4)`
 
 // Mark gives a registration a status in the place of another one; from empty is any. It fails with
-// ErrNoEndpoint where none is seen: the stream may bring a row before it is visible to others.
+// ErrNoEndpoint where none of either is seen: the stream may bring a row before it is visible to others.
 func (s *Store) Mark(ctx context.Context, endpointID string, from, status outbox.Status, reason string) error {
 	var seen int
 	err := s.plain(ctx, step{
