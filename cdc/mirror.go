@@ -212,5 +212,5 @@ func (r *reader) overtaken(ctx context.Context) error {
 // ofMirror tells whether a complaint of the server is about the publication of the mirrored table,
 // which is gone or younger than the WAL: the next session does without it at first.
 func (s *Stream) ofMirror(message string) bool {
-	return s.cfg.Mirror.Publication != "" && strings.Contains(message, `"`+s.cfg.Mirror.Publication+`"`)
+	return s.cfg.Mirror.Publication != "" && strings.Contains(message, s.cfg.Mirror.Publication) // in whatever quotes the server's language has
 }

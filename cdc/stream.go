@@ -165,6 +165,7 @@ type Stream struct {
 	holder    holder
 
 	mirrorFrom  LSN  // from here on the publication of Config.Mirror can be read; zero: it is read, or is not there
+	followed    bool // the last session brought the changes of Config.Mirror
 	mirrorGone  bool // the last session could not be read with it
 	unpublished bool // it is not there, and the log says so
 }
@@ -514,6 +515,11 @@ func (s *Stream) session(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	// A row's turn in its transaction counts the changes of the mirrored table that came with it.
+	if s.open && follow != s.followed {
+		return ErrNewHistory
+	}
+	s.followed = follow
 	if err := s.start(ctx, conn, start, follow); err != nil {
 		return fmt.Errorf("start replication: %w", err)
 	}
@@ -525,6 +531,9 @@ func (s *Stream) session(ctx context.Context) (err error) {
 	cancelClaim()
 	if err != nil {
 		return err
+	}
+	if rec != nil && rec.Mirrored && !follow {
+		resume.Position = Position{} // it was counted with them: better its transaction again than too little of it
 	}
 	if s.open && s.high.Commit < max(start, resume.LSN) {
 		// The transaction that a lost connection cut in two was settled without us, so it does

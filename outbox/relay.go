@@ -121,6 +121,7 @@ type Relay struct {
 	registry *Registry
 	lanes    map[string]*Lane
 	retired  map[*Lane]bool           // of endpoints that were struck out; they may send what they have
+	burying  map[string]bool          // of leaving, those whose parked deliveries are to be dead
 	leaving  map[string]chan struct{} // endpoints that are gone, until what was parked for them is dead
 	routes   map[route][]*Lane
 	claimed  bool
@@ -148,6 +149,7 @@ func New(cfg Config) (*Relay, error) {
 		lanes:    map[string]*Lane{},
 		retired:  map[*Lane]bool{},
 		leaving:  map[string]chan struct{}{},
+		burying:  map[string]bool{},
 		routes:   map[route][]*Lane{},
 		told:     map[string]bool{},
 		counts:   make(chan struct{}, 1),
@@ -701,7 +703,7 @@ func (r *Relay) install(file []*Endpoint) error {
 	r.file = file
 	all := slices.Clone(file)
 	for _, id := range slices.Sorted(maps.Keys(r.table)) {
-		if !r.inFile(id) {
+		if !r.inFile(id) && !r.wasOfFile(id) {
 			all = append(all, r.table[id].endpoint)
 		}
 	}
@@ -734,6 +736,15 @@ func (r *Relay) install(file []*Endpoint) error {
 	return nil
 }
 
+// wasOfFile tells whether an id is still that of an endpoint of the file, which is about to leave: what is
+// parked for that one is not for a row of its id, which has to wait.
+func (r *Relay) wasOfFile(id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.lanes[id]
+	return r.burying[id] || l != nil && l.now.Load().Origin == FromFile
+}
+
 // rerouted forgets the routes, as the registry has changed. It is called with mu locked.
 func (r *Relay) rerouted() {
 	clear(r.routes)
@@ -746,6 +757,9 @@ func (r *Relay) rerouted() {
 func (r *Relay) leave(endpointID string, l *Lane, before *cdc.Position) {
 	left, earlier := make(chan struct{}), r.leaving[endpointID]
 	r.leaving[endpointID] = left
+	if before == nil {
+		r.burying[endpointID] = true
+	}
 	if l != nil {
 		r.retired[l] = true
 		if before != nil {
@@ -788,8 +802,19 @@ func (r *Relay) leave(endpointID string, l *Lane, before *cdc.Position) {
 		if r.leaving[endpointID] == left {
 			delete(r.leaving, endpointID)
 		}
+		if before == nil {
+			delete(r.burying, endpointID)
+		}
 		r.mu.Unlock()
 		close(left)
+		if before != nil {
+			return
+		}
+		r.changing.Lock()
+		defer r.changing.Unlock()
+		if r.table[endpointID] != nil { // a row of its id has waited for this
+			r.takeUp()
+		}
 	})
 }
 

@@ -69,7 +69,7 @@ type Roll interface {
 	// Prune drops the versions that no stream from the checkpoint on has use for.
 	Prune(ctx context.Context) error
 	// Mark gives a registration a status in the place of another one, or of whatever it has where that is
-	// empty: what others have made of it since stays. It fails with ErrNoEndpoint where there is none of either.
+	// empty: what others have made of it since stays. It fails with ErrNoEndpoint where there is none of that.
 	Mark(ctx context.Context, endpointID string, from, to Status, reason string) error
 	// Drop discards what is parked for an endpoint of events before a position.
 	Drop(ctx context.Context, endpointID string, before cdc.Position) (int64, error)
@@ -585,7 +585,7 @@ func (r *Relay) enter(row Registration, at cdc.Position) (versions []Version) {
 		g.last = now
 		versions = []Version{{row.ID, at, []byte(now)}}
 	}
-	if r.inFile(row.ID) {
+	if r.inFile(row.ID) || r.wasOfFile(row.ID) {
 		return versions
 	}
 	r.mu.Lock()

@@ -218,7 +218,7 @@ func (s *Store) Prune(ctx context.Context) error {
 
 const setStatus = `
 with there as (
-	select status
+	select status, status_reason
 	from walhook.endpoints
 	where id = $1
 	for update
@@ -228,13 +228,16 @@ with there as (
 	where id = $1
 	and (status, status_reason) is distinct from ($2, $3)
 	and ($4 = '' or status = $4)
+	returning id
 )
-select count(*)
-from there
-where $4 = '' or status in ($2, $4)`
+select (select count(*) from changed) + (
+	select count(*)
+	from there
+	where $4 = '' or $4 = $2 and (status, status_reason) = ($2, $3)
+)`
 
 // Mark gives a registration a status in the place of another one; from empty is any. It fails with
-// ErrNoEndpoint where none of either is seen: the stream may bring a row before it is visible to others.
+// ErrNoEndpoint where none of that is seen: the stream may bring a row before it is visible to others.
 func (s *Store) Mark(ctx context.Context, endpointID string, from, status outbox.Status, reason string) error {
 	var seen int
 	err := s.plain(ctx, step{
