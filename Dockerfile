@@ -7,7 +7,8 @@ COPY outbox ./outbox
 COPY sender ./sender
 COPY cmd ./cmd
 ARG VERSION=dev
-RUN CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=${VERSION}" -o /out/walhook ./cmd/walhook \
+ARG COMMIT=unknown
+RUN CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=${VERSION} -X main.commitID=${COMMIT}" -o /out/walhook ./cmd/walhook \
  && echo "walhook:x:65532:65532::/:/walhook" > /out/passwd
 
 FROM scratch

@@ -8,7 +8,8 @@ FUZZTIME  ?= 30s
 MINUTES   ?= 10
 PG_BINS   ?= $(wildcard /usr/lib/postgresql/*/bin)
 
-LDFLAGS := -s -w -X main.version=$(VERSION)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commitID=$(COMMIT)
 TOOLS   := bin/tools
 # What would turn a connection to a throwaway Postgres elsewhere.
 unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABASE PGOPTIONS

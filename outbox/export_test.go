@@ -24,7 +24,7 @@ func (r *Relay) View(endpointID string) (v LaneView, ok bool) {
 		State: l.state.String(), Limit: l.limit, Inflight: l.inflight, Fresh: l.fresh, Loaded: l.loaded,
 		Ready: l.ready.len(), Queues: len(l.queues), Blocked: l.blocked, Keys: len(l.keys), Tail: len(l.tail),
 		Held: len(l.held), Ghosts: len(l.ghosts), Pending: int(l.parks - l.told), Loading: l.loading,
-		Parked: l.m.parked.n.Load(),
+		Parked: l.m.parked.Load(),
 	}
 	for it := l.owed.first; it != nil; it = it.next {
 		v.Owed++

@@ -239,7 +239,7 @@ func (l *Lane) recount(b Backlog) {
 // What was on its way when the store was counted may have been counted or not. While draining,
 // rows that the drain has passed are left for the next recount.
 func (l *Lane) compare(parked int64) (strange int64) {
-	own := l.m.parked.n.Load()
+	own := l.m.parked.Load()
 	most, least := own+l.removed-l.counted.cleared, own-int64(l.parks-l.counted.told)
 	switch {
 	case parked < least:

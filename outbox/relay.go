@@ -58,6 +58,7 @@ type Config struct {
 	SpillAfter time.Duration // how long a delivery may hold the watermark
 	Logger     *zap.Logger
 	Registerer prometheus.Registerer
+	Labels     *Labels // of endpoints in metrics
 
 	// Roll keeps the endpoints that an app registers; nil: there are none. Register makes an
 	// endpoint of a row; its error tells whoever wrote the row what is wrong with it.
@@ -140,7 +141,7 @@ func New(cfg Config) (*Relay, error) {
 	}
 	r := &Relay{
 		cfg: cfg, log: cfg.Logger.Named("outbox"),
-		metrics:  newMetrics(cfg.Registerer),
+		metrics:  newMetrics(cfg.Registerer, cfg.Labels),
 		ledger:   NewLedger(cfg.MaxEvents, cfg.MaxBytes),
 		store:    cfg.Store,
 		sender:   cfg.Sender,
@@ -157,6 +158,9 @@ func New(cfg Config) (*Relay, error) {
 	r.journal = newJournal(cfg.Store, r.log)
 	r.herald = &herald{emit: cfg.Claims.Emit, log: r.log, signal: make(chan struct{}, 1)}
 	r.eager.Store(reg.own > 0)
+	for _, ep := range cfg.Endpoints {
+		r.cfg.Labels.Of(ep.ID)
+	}
 	if cfg.Roll != nil {
 		r.clerk = newClerk(cfg.Roll, r.log)
 	}
@@ -575,10 +579,28 @@ func (r *Relay) recount(ctx context.Context) {
 	for _, l := range r.allLanes() {
 		l.recount(byID[l.id])
 	}
-	r.metrics.lane("").dead.Store(byID[""].Dead)
+	r.metrics.unmapped(byID[""].Dead)
+	r.showOldest(backlogs)
 	if r.clerk != nil {
 		r.clerk.prune(read)
 	}
+}
+
+// showOldest shows how long deliveries of our endpoints have been parked.
+func (r *Relay) showOldest(backlogs []Backlog) {
+	since := map[string]time.Time{}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, b := range backlogs {
+		if b.Oldest.IsZero() || r.registry.Endpoint(b.EndpointID) == nil {
+			continue
+		}
+		label, _ := r.cfg.Labels.Of(b.EndpointID)
+		if at, known := since[label]; !known || b.Oldest.Before(at) {
+			since[label] = b.Oldest
+		}
+	}
+	r.metrics.oldest.since.Store(&since)
 }
 
 // leased tells whether Postgres was heard of lately enough to send anything.
@@ -718,6 +740,14 @@ func (r *Relay) install(file []*Endpoint) error {
 		return nil
 	}
 	r.registry = reg
+	for _, ep := range before {
+		if reg.Endpoint(ep.ID) == nil && r.lanes[ep.ID] == nil && r.leaving[ep.ID] == nil {
+			r.metrics.forget(ep.ID)
+		}
+	}
+	for _, ep := range file {
+		r.cfg.Labels.Of(ep.ID)
+	}
 	r.rerouted()
 	changed := map[*Lane]*Endpoint{}
 	for id, l := range r.lanes {
@@ -791,6 +821,9 @@ func (r *Relay) leave(endpointID string, l *Lane, before *cdc.Position) {
 			break
 		}
 		r.sender.Forget(endpointID)
+		if l != nil {
+			l.m.leave()
+		}
 		r.mu.Lock()
 		if r.lanes[endpointID] == nil {
 			r.metrics.forget(endpointID)
@@ -827,7 +860,7 @@ func (r *Relay) clear(ctx context.Context, endpointID string, before *cdc.Positi
 	case err != nil:
 		r.log.Error("parked deliveries of an endpoint that was removed could not be discarded", zap.String("endpoint", endpointID), zap.Error(err))
 	case n > 0:
-		r.metrics.deliveries.WithLabelValues(endpointID, "discarded").Add(float64(n))
+		r.metrics.discarded(endpointID, n)
 		r.log.Info("an endpoint was removed; what was parked for it is discarded", zap.String("endpoint", endpointID), zap.Int64("deliveries", n))
 	}
 	return err
@@ -905,7 +938,7 @@ func (r *Relay) open(ctx context.Context) error {
 		r.backlog[b.EndpointID] = b
 	}
 	r.mu.Unlock()
-	r.metrics.lane("").dead.Store(0) // the series are there before the first row that cannot be mapped
+	r.showOldest(backlogs)
 	for _, b := range backlogs {
 		if since := r.registeredSince(b.EndpointID); since != (cdc.Position{}) {
 			// An endpoint of its id was there before, and what was parked for that one may be there still.
@@ -915,7 +948,7 @@ func (r *Relay) open(ctx context.Context) error {
 		}
 		switch {
 		case b.EndpointID == "":
-			r.metrics.lane("").dead.Store(b.Dead)
+			r.metrics.unmapped(b.Dead)
 		case r.laneByID(b.EndpointID) != nil || b.Parked == 0:
 		case alone:
 			r.mu.Lock()

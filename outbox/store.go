@@ -54,6 +54,7 @@ type Backlog struct {
 	Parked     int64
 	Dead       int64
 	NextDue    time.Time // the earliest retry; zero where there is none
+	Oldest     time.Time // when the first of the parked, in commit order, was parked; zero where there is none
 }
 
 // Store is the schema walhook as the outbox sees it. Every write carries the holder's epoch

@@ -31,6 +31,8 @@ type world struct {
 	store     *outboxtest.Store
 	maxEvents int
 	maxBytes  int64
+	labels    *outbox.Labels       // of endpoints in metrics
+	metrics   *prometheus.Registry // of the last relay
 
 	traced  bool
 	tracing sync.Mutex // guards trace
@@ -299,11 +301,12 @@ func (w *world) start() *outbox.Relay {
 	if err != nil {
 		panic(err)
 	}
+	w.metrics = prometheus.NewRegistry()
 	l := &life{w: w, done: make(chan struct{}), dead: make(chan struct{}), claims: map[string]int{}}
 	r, err := outbox.New(outbox.Config{
 		Mapper: m, Store: &flaky{l}, Claims: &flaky{l}, Sender: &sender{l}, Endpoints: w.endpoints,
 		MaxEvents: w.maxEvents, MaxBytes: w.maxBytes, SpillAfter: time.Second,
-		Logger: logger, Registerer: prometheus.NewRegistry(),
+		Logger: logger, Registerer: w.metrics, Labels: w.labels,
 	})
 	if err != nil {
 		panic(err)

@@ -55,6 +55,7 @@ type Config struct {
 	Logger     *zap.Logger           // nil logs nothing
 	Version    string                // of walhook, for the user-agent
 	Registerer prometheus.Registerer // nil keeps the metrics to itself
+	Labels     *outbox.Labels        // of endpoints in metrics
 	Source     string                // of events, for CloudEvents: a URI reference, best unique with their ids; empty is /walhook
 
 	// MaxAttempts bounds the attempts in flight at once, of all endpoints together; zero is no
@@ -109,7 +110,7 @@ func (tr *transport) used() {
 
 // New returns a Client. It starts nothing.
 func New(cfg Config) (*Client, error) {
-	m, err := newMetrics(cfg.Registerer)
+	m, err := newMetrics(cfg.Registerer, cfg.Labels)
 	if err != nil {
 		return nil, fmt.Errorf("register the sender's metrics: %w", err)
 	}
@@ -308,17 +309,17 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 	c.acquire(t)
 	policy := policyOf(e)
 	if old == nil {
-		t.codes, t.share = c.metrics.codes(e.ID), new(share)
-		t.circuit = newCircuit(policy, false, c.teller(e.ID))
-		c.metrics.breaker.WithLabelValues(e.ID).Set(float64(Closed))
+		t.codes, t.lamp, t.share = c.metrics.codes(e.ID), c.metrics.lamp(e.ID), new(share)
+		t.circuit = newCircuit(policy, false, c.teller(e.ID, t.lamp))
+		t.lamp.set(Closed)
 		c.warnUnsigned(t)
 	} else {
-		t.codes, t.circuit, t.share = old.codes, old.circuit, old.share
+		t.codes, t.lamp, t.circuit, t.share = old.codes, old.lamp, old.circuit, old.share
 		t.takeOver(old)
 		if t.circuit.policy != policy {
 			was := old.circuit.retire()
-			t.circuit = newCircuit(policy, was != Closed, c.teller(e.ID))
-			c.metrics.breaker.WithLabelValues(e.ID).Set(float64(t.circuit.state))
+			t.circuit = newCircuit(policy, was != Closed, c.teller(e.ID, t.lamp))
+			t.lamp.set(t.circuit.state)
 		}
 		c.release(old)
 	}
@@ -334,10 +335,9 @@ func (c *Client) warnUnsigned(t *target) {
 }
 
 // teller returns what tells the world of an endpoint's circuit.
-func (c *Client) teller(id string) func(from, to State) {
-	gauge := c.metrics.breaker.WithLabelValues(id)
+func (c *Client) teller(id string, show *lamp) func(from, to State) {
 	return func(from, to State) {
-		gauge.Set(float64(to))
+		show.set(to)
 		level := zap.InfoLevel
 		if to == Open {
 			level = zap.WarnLevel
@@ -361,7 +361,7 @@ func (c *Client) Forget(endpointID string) {
 	}
 	delete(c.targets, endpointID)
 	t.circuit.retire()
-	c.metrics.forget(t.codes)
+	c.metrics.forget(t.codes, t.lamp)
 	c.release(t)
 }
 

@@ -111,7 +111,7 @@ func TestMetricsTellOfAttempts(t *testing.T) {
 walhook_attempts_total{code="200",endpoint="billing"} 3
 walhook_attempts_total{code="503",endpoint="billing"} 1
 walhook_attempts_total{code="protocol",endpoint="billing"} 1
-# HELP walhook_breaker_state The endpoint's circuit: 0 closed, 1 half-open, 2 open. Worry when it stays open: its deliveries are parked and wait.
+# HELP walhook_breaker_state The endpoint's circuit: 0 closed, 1 half-open, 2 open; of the endpoints in other, the highest. Worry when it stays open: its deliveries are parked and wait.
 # TYPE walhook_breaker_state gauge
 walhook_breaker_state{endpoint="billing"} 0
 `), "walhook_attempts_total", "walhook_breaker_state"))

@@ -16,10 +16,17 @@ type metrics struct {
 	duration  prometheus.Histogram
 	breaker   *prometheus.GaugeVec
 	shortages prometheus.Counter
+
+	labels *outbox.Labels
+	others *codes // of endpoints without a label of their own
+
+	mu  sync.Mutex    // guards lit and every lamp
+	lit [Open + 1]int // lamps without a label of their own, by state
 }
 
-func newMetrics(r prometheus.Registerer) (*metrics, error) {
+func newMetrics(r prometheus.Registerer, labels *outbox.Labels) (*metrics, error) {
 	m := &metrics{
+		labels: labels,
 		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "walhook_attempts_total",
 			Help: "Requests made, by the answer's status, or the reason where no answer came. Worry when an endpoint has no 2xx for hours.",
@@ -34,13 +41,14 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		}),
 		breaker: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "walhook_breaker_state",
-			Help: "The endpoint's circuit: 0 closed, 1 half-open, 2 open. Worry when it stays open: its deliveries are parked and wait.",
+			Help: "The endpoint's circuit: 0 closed, 1 half-open, 2 open; of the endpoints in other, the highest. Worry when it stays open: its deliveries are parked and wait.",
 		}, []string{"endpoint"}),
 		shortages: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "walhook_shortages_total",
 			Help: "Attempts put off because this host had no descriptor, port or memory to spare for them. Worry when it grows: raise the limit of open files.",
 		}),
 	}
+	m.others = m.newCodes(outbox.OtherEndpoints)
 	if r == nil {
 		return m, nil
 	}
@@ -53,7 +61,11 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 }
 
 // forget drops the series of an endpoint. An attempt still in flight brings none of them back.
-func (m *metrics) forget(c *codes) {
+func (m *metrics) forget(c *codes, l *lamp) {
+	l.out()
+	if c == m.others {
+		return
+	}
 	c.mu.Lock()
 	c.by = nil
 	c.mu.Unlock()
@@ -73,8 +85,69 @@ type codes struct {
 	by map[code]prometheus.Counter // nil when the endpoint is forgotten
 }
 
+func (m *metrics) newCodes(label string) *codes {
+	return &codes{endpoint: label, attempts: m.attempts, by: make(map[code]prometheus.Counter)}
+}
+
 func (m *metrics) codes(endpoint string) *codes {
-	return &codes{endpoint: endpoint, attempts: m.attempts, by: make(map[code]prometheus.Counter)}
+	if label, own := m.labels.Of(endpoint); own {
+		return m.newCodes(label)
+	}
+	return m.others
+}
+
+// lamp shows the state of one endpoint's circuit: by itself, or among others that share its
+// label, of which the highest is shown.
+type lamp struct {
+	m      *metrics
+	shared bool
+	show   prometheus.Gauge
+
+	on    bool
+	state State
+	gone  bool
+}
+
+func (m *metrics) lamp(endpoint string) *lamp {
+	label, own := m.labels.Of(endpoint)
+	return &lamp{m: m, shared: !own, show: m.breaker.WithLabelValues(label)}
+}
+
+func (l *lamp) set(s State) {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	switch {
+	case l.gone:
+		return
+	case !l.shared:
+		l.show.Set(float64(s))
+		return
+	case l.on:
+		l.m.lit[l.state]--
+	}
+	l.on, l.state = true, s
+	l.m.lit[s]++
+	l.highest()
+}
+
+// out ends what is shown of an endpoint that is gone.
+func (l *lamp) out() {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	l.gone = true
+	if l.on {
+		l.on = false
+		l.m.lit[l.state]--
+		l.highest()
+	}
+}
+
+// highest is called with m.mu locked.
+func (l *lamp) highest() {
+	s := Open
+	for ; s > Closed && l.m.lit[s] == 0; s-- {
+	}
+	l.show.Set(float64(s))
 }
 
 // code is a status, or the reason where there was none.

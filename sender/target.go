@@ -63,6 +63,7 @@ type target struct {
 	pool    *transport // that rt is; nil where a test gave another
 	circuit *circuit   // outlives the target
 	codes   *codes     // outlives the target
+	lamp    *lamp      // outlives the target
 	share   *share     // outlives the target
 }
 

@@ -36,6 +36,7 @@ type Config struct {
 	Endpoints []*outbox.Endpoint // in the order of the file
 	Buffer    Buffer
 	Server    Server
+	Metrics   Metrics
 	Log       Log
 
 	environment func(*url.URL) (*url.URL, error) // the proxy that it names for a URL: see proxied
@@ -81,6 +82,11 @@ type Server struct {
 	Token  outbox.Secret // of /api; empty: served on loopback only
 }
 
+// Metrics bounds what /metrics says.
+type Metrics struct {
+	MaxEndpoints int // that have series of their own; the others share endpoint="other"
+}
+
 // Log is how much is logged, and in which form.
 type Log struct {
 	Level  string // debug, info, warn or error
@@ -104,6 +110,7 @@ func defaultConfig() *Config {
 		Defaults: outbox.DefaultEndpoint(),
 		Buffer:   Buffer{Events: 10_000, Bytes: 64 << 20, SpillAfter: time.Second},
 		Server:   Server{Listen: ":8080"},
+		Metrics:  Metrics{MaxEndpoints: 200},
 		Log:      Log{Level: "info", Format: "json"},
 	}
 }
@@ -191,6 +198,9 @@ func (l *loader) config(root value, c *Config) {
 			l.section(v,
 				field{"listen", l.listen(&c.Server.Listen)},
 				field{"token", l.secret(&c.Server.Token)})
+		}},
+		field{"metrics", func(v value) {
+			l.section(v, field{"max_endpoints", l.integer(&c.Metrics.MaxEndpoints, 0, 100_000)})
 		}},
 		field{"log", func(v value) {
 			l.section(v,

@@ -59,6 +59,7 @@ func TestThreeLinesAreEnough(t *testing.T) {
 	require.Equal(t, []outbox.Source{{Table: "public.outbox"}}, c.Outbox)
 	require.Equal(t, Buffer{Events: 10000, Bytes: 64 << 20, SpillAfter: time.Second}, c.Buffer)
 	require.Equal(t, Server{Listen: ":8080"}, c.Server)
+	require.Equal(t, Metrics{MaxEndpoints: 200}, c.Metrics)
 	require.Equal(t, Log{Level: "info", Format: "json"}, c.Log)
 
 	want := outbox.DefaultEndpoint()

@@ -14,8 +14,11 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set by the linker.
-var version = "dev"
+// version and commitID are set by the linker.
+var (
+	version  = "dev"
+	commitID = "unknown"
+)
 
 // Exit codes.
 const (

@@ -9,8 +9,10 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -94,6 +96,8 @@ type sidecar struct {
 	lines *logQueue    // of log, if it has one
 	once  cdc.Recovery // what the first pipeline is told to do about events that were missed
 
+	refused atomic.Bool // the file that is there now is not in force
+
 	mu  sync.Mutex // guards what follows
 	cfg *Config
 	now *pipeline
@@ -133,6 +137,7 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		p.reg.MustRegister(s.reloadFailed())
 		if s.lines != nil {
 			p.reg.MustRegister(s.lines.metric())
 		}
@@ -210,6 +215,7 @@ func (s *sidecar) watchFile(ctx context.Context) error {
 // reload takes up the endpoints of the file, and tells which files it found.
 func (s *sidecar) reload(ctx context.Context, path string) inputs {
 	cfg, read, err := loadConfig(path, s.opts.env)
+	s.refused.Store(err != nil)
 	if err != nil {
 		s.log.Error("the configuration is broken, the old one stays in force", zap.Error(err))
 		return read
@@ -228,11 +234,25 @@ func (s *sidecar) reload(ctx context.Context, path string) inputs {
 		return read
 	}
 	if err := p.setEndpoints(ctx, cfg, cfg.Endpoints); err != nil {
+		s.refused.Store(true)
 		s.log.Error("the endpoints could not be taken up, the old ones stay in force", zap.Error(err))
 		return read
 	}
 	s.log.Info("configuration reloaded", zap.Int("endpoints", len(cfg.Endpoints)))
 	return read
+}
+
+// reloadFailed tells whether what the file says is in force.
+func (s *sidecar) reloadFailed() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "walhook_config_reload_failed",
+		Help: "1 while the configuration file, or one that it refers to, is refused and the one before stays in force; the log says what is wrong. Worry at 1: a restart would fail.",
+	}, func() float64 {
+		if s.refused.Load() {
+			return 1
+		}
+		return 0
+	})
 }
 
 var password = regexp.MustCompile(`(://[^:/@]*):.*@|(?:^|[\s?&])password\s*=\s*('(?:[^'\\]|\\.)*'|[^\s&]*)`)
@@ -242,7 +262,7 @@ var password = regexp.MustCompile(`(://[^:/@]*):.*@|(?:^|[\s?&])password\s*=\s*(
 func needsRestart(a, b *Config) bool {
 	address := func(c *Config) string { return password.ReplaceAllString(c.Database.Replication().Reveal(), "$1") }
 	return address(a) != address(b) || a.CDC != b.CDC || !slices.Equal(a.Outbox, b.Outbox) ||
-		a.Buffer != b.Buffer || a.Server != b.Server || a.Log != b.Log
+		a.Buffer != b.Buffer || a.Server != b.Server || a.Metrics != b.Metrics || a.Log != b.Log
 }
 
 // pipeline is everything between the slot and the endpoints, with metrics of its own.
@@ -278,8 +298,9 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 		return nil, failed{err, exitUsage}
 	}
 	room := hostLimits()
+	labels := outbox.NewLabels(cfg.Metrics.MaxEndpoints)
 	p.client, err = sender.New(sender.Config{
-		Logger: log, Version: version, Registerer: p.reg, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
+		Logger: log, Version: version, Registerer: p.reg, Labels: labels, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
 		Source: eventSource(cfg),
 		OnStateChange: func(id string, from, to sender.State) { // a probe that fails is no news
 			if from == sender.Closed || to == sender.Closed {
@@ -298,7 +319,7 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 	p.relay, err = outbox.New(outbox.Config{
 		Mapper: mapper, Store: p.store, Claims: p.claims, Sender: p.client, Endpoints: cfg.Endpoints,
 		MaxEvents: cfg.Buffer.Events, MaxBytes: cfg.Buffer.Bytes, SpillAfter: cfg.Buffer.SpillAfter,
-		Logger: log, Registerer: p.reg,
+		Logger: log, Registerer: p.reg, Labels: labels,
 		Roll: p.store, Register: func(g outbox.Registration) (*outbox.Endpoint, error) { return parseRegistered(p.config(), g) },
 	})
 	if err != nil {
@@ -509,7 +530,12 @@ func (p *pipeline) export() {
 		}
 		return 0
 	})
-	p.reg.MustRegister(&walStatus{p.stream}, &streamState{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "walhook_build_info", Help: "Always 1; its labels say which walhook this is. Worry when instances differ for longer than an upgrade takes.",
+		ConstLabels: prometheus.Labels{"version": version, "commit": commitID, "go_version": runtime.Version()},
+	})
+	build.Set(1)
+	p.reg.MustRegister(build, &walStatus{p.stream}, &streamState{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // lag is how far the watermark is behind what was received, in bytes of WAL.

@@ -28,6 +28,8 @@ type Row struct {
 	Due        time.Time
 	Status     int
 	Detail     string
+
+	at time.Time // when it was written first
 }
 
 type rowKey struct{ endpoint, event string }
@@ -233,7 +235,7 @@ func (s *Store) apply(c outbox.Change) {
 		}
 		event := *s.events[c.Event.ID]
 		event.Position = c.Event.Position
-		row = &Row{EndpointID: c.EndpointID, Event: &event, OrderKey: c.OrderKey}
+		row = &Row{EndpointID: c.EndpointID, Event: &event, OrderKey: c.OrderKey, at: time.Now()}
 		s.rows[key] = row
 	}
 	row.State, row.Attempts, row.Due = c.State, c.Attempts, instant(c.Due)
@@ -379,7 +381,7 @@ func (s *Store) Backlogs(ctx context.Context) ([]outbox.Backlog, error) {
 	if err := s.read(ctx, "count backlogs"); err != nil {
 		return nil, err
 	}
-	counts := map[string]*outbox.Backlog{}
+	counts, first := map[string]*outbox.Backlog{}, map[string]*Row{}
 	for key, r := range s.rows {
 		b := counts[key.endpoint]
 		if b == nil {
@@ -393,6 +395,9 @@ func (s *Store) Backlogs(ctx context.Context) ([]outbox.Backlog, error) {
 		b.Parked++
 		if r.State == outbox.StateParked && key.endpoint != "" && !r.Due.IsZero() && (b.NextDue.IsZero() || r.Due.Before(b.NextDue)) {
 			b.NextDue = r.Due
+		}
+		if f := first[key.endpoint]; key.endpoint != "" && (f == nil || r.Event.Position.Compare(f.Event.Position) < 0) {
+			first[key.endpoint], b.Oldest = r, r.at
 		}
 	}
 	var all []outbox.Backlog

@@ -14,7 +14,7 @@ import (
 
 // Both counts read an index that has nothing else in it.
 const backlogs = `
-select coalesce(c.endpoint_id, ''), c.parked, c.dead, least(k.next_attempt_at, l.next_attempt_at)
+select coalesce(c.endpoint_id, ''), c.parked, c.dead, least(k.next_attempt_at, l.next_attempt_at), o.created_at
 from (
 	select endpoint_id, sum(parked)::bigint as parked, sum(dead)::bigint as dead
 	from (
@@ -50,6 +50,14 @@ left join lateral (
 	order by d.next_attempt_at
 	limit 1
 ) l on true
+left join lateral (
+	select d.created_at
+	from walhook.deliveries d
+	where d.endpoint_id = c.endpoint_id
+	and d.state in ('parked', 'sending')
+	order by d.commit_lsn, d.ordinal
+	limit 1
+) o on true
 order by 1`
 
 // Backlogs counts what is stored, an entry an endpoint, the empty id for rows that could not be
@@ -58,9 +66,9 @@ func (s *Store) Backlogs(ctx context.Context) ([]outbox.Backlog, error) {
 	var all []outbox.Backlog
 	err := s.plain(ctx, step{what: "count", sql: backlogs, row: func(r pgx.Rows) error {
 		var b outbox.Backlog
-		var next pgtype.Timestamptz
-		err := r.Scan(&b.EndpointID, &b.Parked, &b.Dead, &next)
-		b.NextDue = moment(next)
+		var next, oldest pgtype.Timestamptz
+		err := r.Scan(&b.EndpointID, &b.Parked, &b.Dead, &next, &oldest)
+		b.NextDue, b.Oldest = moment(next), moment(oldest)
 		all = append(all, b)
 		return err
 	}})
