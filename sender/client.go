@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
 	"github.com/walhook/walhook/outbox"
@@ -56,6 +57,7 @@ type Config struct {
 	Version    string                // of walhook, for the user-agent
 	Registerer prometheus.Registerer // nil keeps the metrics to itself
 	Labels     *outbox.Labels        // of endpoints in metrics
+	Tracer     trace.Tracer          // of attempts; nil makes no spans, and passes traceparents on as they are
 	Source     string                // of events, for CloudEvents: a URI reference, best unique with their ids; empty is /walhook
 
 	// MaxAttempts bounds the attempts in flight at once, of all endpoints together; zero is no
@@ -81,6 +83,7 @@ type Client struct {
 	userAgent     string
 	source        string
 	metrics       *metrics
+	tracer        trace.Tracer // nil: no spans
 	room          *room
 	maxIdle       int
 	onStateChange func(endpointID string, from, to State)
@@ -119,6 +122,7 @@ func New(cfg Config) (*Client, error) {
 		userAgent:     "walhook/" + cfg.Version,
 		source:        cmp.Or(cfg.Source, "/walhook"),
 		metrics:       m,
+		tracer:        cfg.Tracer,
 		maxIdle:       cfg.MaxIdleConns,
 		onStateChange: cfg.OnStateChange,
 		roundTripper:  cfg.RoundTripper,
@@ -205,6 +209,10 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
 	defer timer.Stop()
 
+	var span trace.Span
+	if c.tracer != nil {
+		span = c.span(req, t, a, together, begin)
+	}
 	seen.asked(t, req)
 	defer t.pool.used()
 	token, err := t.authorize(ctx, req)
@@ -225,6 +233,9 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	}
 	now := time.Now()
 	o, effect := judge(r, t.endpoint, now)
+	if span != nil {
+		endSpan(span, o, res, now)
+	}
 	switch o.Verdict {
 	case outbox.Cut:
 	case outbox.Held:

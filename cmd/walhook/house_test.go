@@ -40,6 +40,10 @@ var knownAlone = map[string][]string{
 	"golang.org/x/net":                {"cmd/walhook"}, // the rules of NO_PROXY
 	"github.com/Shopify/toxiproxy":    nil,
 	"github.com/prometheus/client_go": {"outbox", "sender", "cmd/walhook"},
+	"go.opentelemetry.io":             {"sender", "cmd/walhook"},
+	"go.opentelemetry.io/otel/sdk":    {"cmd/walhook"},
+	"go.opentelemetry.io/otel/export": {"cmd/walhook"},
+	"go.opentelemetry.io/proto":       {"cmd/walhook"},
 }
 
 func eachFile(t *testing.T, see func(dir, path string, imports []string, comment bool)) {

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
@@ -62,6 +63,8 @@ func runCommand(o *options) *cobra.Command {
 			hostLimits().say(log, cfg.Endpoints)
 			s := newSidecar(cfg, o, log)
 			s.once, s.lines = once, lines
+			s.tracing = newTracing(o.env, log)
+			defer s.tracing.close()
 			return s.run(cmd.Context())
 		},
 	}
@@ -91,10 +94,11 @@ func newLogger(c Log, w io.Writer) (*zap.Logger, error) {
 // sidecar is `walhook run`: the pipeline, made anew where the database's history is, and the
 // HTTP server, which outlives pipelines.
 type sidecar struct {
-	opts  *options
-	log   *zap.Logger
-	lines *logQueue    // of log, if it has one
-	once  cdc.Recovery // what the first pipeline is told to do about events that were missed
+	opts    *options
+	log     *zap.Logger
+	lines   *logQueue    // of log, if it has one
+	tracing *tracing     // nil: off
+	once    cdc.Recovery // what the first pipeline is told to do about events that were missed
 
 	refused atomic.Bool // the file that is there now is not in force
 
@@ -133,7 +137,7 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		s.mu.Lock()
 		cfg := s.cfg
 		s.mu.Unlock()
-		p, err := newPipeline(cfg, s.once, s.databaseURL, s.log)
+		p, err := newPipeline(cfg, s.once, s.databaseURL, s.tracing.tracer(), s.log)
 		if err != nil {
 			return err
 		}
@@ -284,7 +288,7 @@ type pipeline struct {
 	endpoints []*outbox.Endpoint
 }
 
-func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (string, error), log *zap.Logger) (*pipeline, error) {
+func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (string, error), tracer trace.Tracer, log *zap.Logger) (*pipeline, error) {
 	p := &pipeline{log: log, reg: prometheus.NewRegistry(), cfg: cfg, endpoints: cfg.Endpoints, nudged: make(chan struct{}, 1)}
 	mapper, err := outbox.NewMapper(cfg.Outbox)
 	if err != nil {
@@ -300,7 +304,7 @@ func newPipeline(cfg *Config, once cdc.Recovery, url func(replication bool) (str
 	room := hostLimits()
 	labels := outbox.NewLabels(cfg.Metrics.MaxEndpoints)
 	p.client, err = sender.New(sender.Config{
-		Logger: log, Version: version, Registerer: p.reg, Labels: labels, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
+		Logger: log, Version: version, Registerer: p.reg, Labels: labels, Tracer: tracer, MaxAttempts: room.attempts, MaxIdleConns: room.idle,
 		Source: eventSource(cfg),
 		OnStateChange: func(id string, from, to sender.State) { // a probe that fails is no news
 			if from == sender.Closed || to == sender.Closed {
