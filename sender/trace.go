@@ -50,8 +50,8 @@ func (c *Client) span(req *http.Request, t *target, a outbox.Attempt, together *
 		attributes = append(attributes, attribute.Int("http.request.resend_count", a.Number-1))
 	}
 
-	parent := req.Context()
-	if given := req.Header[headerTraceparent]; len(given) > 0 {
+	parent, header := req.Context(), map[string][]string(req.Header) // whose names are spelled as they are
+	if given := header[headerTraceparent]; len(given) > 0 {
 		if sc := spanContext(given[0]); sc.IsValid() {
 			parent = trace.ContextWithRemoteSpanContext(parent, sc)
 		}
@@ -61,7 +61,7 @@ func (c *Client) span(req *http.Request, t *target, a outbox.Attempt, together *
 		trace.WithAttributes(attributes...), trace.WithLinks(links...),
 	)
 	if sc := span.SpanContext(); sc.IsValid() {
-		req.Header[headerTraceparent] = []string{"00-" + sc.TraceID().String() + "-" + sc.SpanID().String() + "-" + sc.TraceFlags().String()}
+		header[headerTraceparent] = []string{"00-" + sc.TraceID().String() + "-" + sc.SpanID().String() + "-" + sc.TraceFlags().String()}
 	}
 	return span
 }

@@ -27,7 +27,7 @@ func traced(t *testing.T, rt fake, options ...sdktrace.TracerProviderOption) (*C
 	spans, parents := tracetest.NewSpanRecorder(), new([]string)
 	provider := sdktrace.NewTracerProvider(append(options, sdktrace.WithSpanProcessor(spans))...)
 	c, err := New(Config{Tracer: provider.Tracer("x"), RoundTripper: fake(func(r *http.Request) (*http.Response, error) {
-		*parents = append(*parents, r.Header[headerTraceparent]...)
+		*parents = append(*parents, map[string][]string(r.Header)[headerTraceparent]...)
 		return rt(r)
 	})})
 	require.NoError(t, err)
