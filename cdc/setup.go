@@ -2,11 +2,14 @@ package cdc
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // What follows is the SQL that a DBA runs once. Each text can be run twice; the second time
@@ -174,3 +177,85 @@ func Apply(ctx context.Context, url string, texts []string, ended func(i int, er
 	}
 	return nil
 }
+
+const (
+	slotOfSQL        = "select plugin, coalesce(database, ''), current_database(), coalesce(active_pid, 0) from pg_replication_slots where slot_name = $1"
+	publicationOfSQL = "select pg_has_role(current_user, pubowner, 'usage') from pg_publication where pubname = $1"
+	// dropLook is how often a slot that somebody holds is tried again.
+	dropLook = 250 * time.Millisecond
+)
+
+// DropSlot drops the slot of cfg, and tells whether there was one. While somebody holds it, it waits,
+// but no longer than wait: whoever reads from it is not disturbed. A slot that another plugin or
+// database uses stays, as it is not walhook's. The error is a *Fault.
+func DropSlot(ctx context.Context, cfg Config, wait time.Duration) (dropped bool, err error) {
+	conn, err := cfg.connectSQL(ctx)
+	if err != nil {
+		return false, connectFault(err)
+	}
+	defer closeSQL(conn)
+	for until := time.Now().Add(wait); ; {
+		var plugin, database, here string
+		var pid int32
+		err := conn.QueryRow(ctx, slotOfSQL, cfg.Slot).Scan(&plugin, &database, &here, &pid)
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			return false, nil
+		case err != nil:
+			return false, FaultOf(fmt.Errorf("look for slot: %w", err))
+		case plugin != "pgoutput" || database != here:
+			return false, &Fault{State: Waiting, Reason: fmt.Sprintf("slot %s is of plugin %q and database %q, not walhook's", cfg.Slot, plugin, database), Remedy: "name walhook's own in cdc.slot", Config: true}
+		}
+		if pid == 0 {
+			_, err = conn.Exec(ctx, "select pg_drop_replication_slot($1)", cfg.Slot)
+			var pg *pgconn.PgError
+			switch {
+			case err == nil:
+				return true, nil
+			case errors.As(err, &pg) && pg.Code == "42704": // undefined_object: somebody was faster
+				return false, nil
+			case !errors.As(err, &pg) || pg.Code != "55006": // object_in_use
+				return false, FaultOf(fmt.Errorf("drop slot: %w", err))
+			}
+		}
+		if time.Now().After(until) {
+			return false, &Fault{State: Waiting, Reason: fmt.Sprintf("slot %s is held by pid %d", cfg.Slot, pid), Remedy: "stop walhook first"}
+		}
+		select {
+		case <-ctx.Done():
+			return false, ctx.Err()
+		case <-time.After(dropLook):
+		}
+	}
+}
+
+// DropPublications drops those of the named publications that the role may drop, and tells which
+// stay because they are somebody else's. One that is not there is in neither.
+func DropPublications(ctx context.Context, cfg Config, names ...string) (dropped, kept []string, err error) {
+	conn, err := cfg.connectSQL(ctx)
+	if err != nil {
+		return nil, nil, connectFault(err)
+	}
+	defer closeSQL(conn)
+	for _, name := range names {
+		var ours bool
+		err := conn.QueryRow(ctx, publicationOfSQL, name).Scan(&ours)
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			continue
+		case err != nil:
+			return dropped, kept, FaultOf(fmt.Errorf("look for publication: %w", err))
+		case !ours:
+			kept = append(kept, name)
+			continue
+		}
+		if _, err := conn.Exec(ctx, DropPublicationSQL(name)); err != nil {
+			return dropped, kept, FaultOf(fmt.Errorf("drop publication: %w", err))
+		}
+		dropped = append(dropped, name)
+	}
+	return dropped, kept, nil
+}
+
+// DropPublicationSQL drops a publication where there is one.
+func DropPublicationSQL(name string) string { return "drop publication if exists " + quoteName(name) }

@@ -250,12 +250,38 @@ func (l *loader) database(v value, d *Database) {
 			}
 		}
 	}
+	var key outbox.Secret
 	seen := l.section(v,
 		field{"url", address(&d.URL, false)},
-		field{"replication_url", address(&d.ReplicationURL, true)})
+		field{"replication_url", address(&d.ReplicationURL, true)},
+		field{"password", l.secret(&key)})
 	if seen != nil && !seen["url"] {
 		l.missing(v, v.path+".url", databaseURLRule)
 	}
+	for _, of := range []*outbox.Secret{&d.URL, &d.ReplicationURL} {
+		switch {
+		case key == "" || *of == "":
+		case password.MatchString(of.Reveal()):
+			l.problem(v, "has a password beside an address that has one", "one of them")
+		default:
+			*of = withPassword(*of, key)
+		}
+	}
+}
+
+// withPassword is the address of a database with a password that stands beside it: as it is, so
+// that a secret that a machine made needs no encoding by hand.
+func withPassword(address, key outbox.Secret) outbox.Secret {
+	text := address.Reveal()
+	switch {
+	case !strings.Contains(text, "://"):
+		text += " password='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(key.Reveal()) + "'"
+	case strings.Contains(text, "?"):
+		text += "&password=" + strings.ReplaceAll(url.QueryEscape(key.Reveal()), "+", "%20")
+	default:
+		text += "?password=" + strings.ReplaceAll(url.QueryEscape(key.Reveal()), "+", "%20")
+	}
+	return outbox.Secret(text)
 }
 
 func (l *loader) cdc(v value, c *CDC) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/outbox"
 )
 
@@ -188,6 +189,34 @@ endpoints:
 	require.Equal(t, "acme, inc: #1", b.Tenant)
 	require.InDelta(t, 0.25, b.Breaker.FailureRate, 0)
 	require.Equal(t, 4*time.Second, b.Timeout)
+}
+
+func TestAPasswordBesideTheAddressNeedsNoEncoding(t *testing.T) {
+	const given = `it's a \ p@ss/w:rd?&%20 #1`
+	env := envOf(map[string]string{"PASSWORD": given})
+	for address, want := range map[string]cdc.Address{
+		"postgres://app@db:5433/shop":                 {User: "app", Password: given, Database: "shop"},
+		"postgres://app@a,b/shop?sslmode=disable":     {User: "app", Password: given, Database: "shop"},
+		"host=db user=app dbname='the shop'":          {User: "app", Password: given, Database: "the shop"},
+		"postgresql://app@db/shop?application_name=x": {User: "app", Password: given, Database: "shop"},
+	} {
+		text := strings.Replace(threeLines, `"postgres://app@localhost/shop"`, fmt.Sprintf("%q, replication_url: %[1]q, password: ${PASSWORD}", address), 1)
+		c := mustLoad(t, text, env)
+		for _, url := range []outbox.Secret{c.Database.URL, c.Database.ReplicationURL} {
+			got, err := cdc.ReadURL(url.Reveal())
+			require.NoError(t, err, address)
+			require.Equal(t, want.User, got.User, address)
+			require.Equal(t, want.Password, got.Password, address)
+			require.Equal(t, want.Database, got.Database, address)
+		}
+		rotated := mustLoad(t, text, envOf(map[string]string{"PASSWORD": "another"}))
+		require.False(t, needsRestart(c, rotated), address)
+	}
+	for _, address := range []string{"postgres://app:old@db/shop", "host=db password=old", "postgres://app@db/shop?password=old"} {
+		_, err := load(strings.Replace(threeLines, `"postgres://app@localhost/shop"`, fmt.Sprintf("%q, password: new", address), 1), noEnv)
+		require.ErrorContains(t, err, "has a password beside an address that has one")
+		require.NotContains(t, err.Error(), "old")
+	}
 }
 
 func TestColumnsTakeANameAnExpressionOrAConstant(t *testing.T) {

@@ -95,7 +95,7 @@ func rootCommand(env func(string) (string, bool)) *cobra.Command {
 	root.PersistentFlags().StringVarP(&o.config, "config", "c", "", "configuration file (default $WALHOOK_CONFIG, then walhook.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(o), demoCommand(o), checkCommand(o), initCommand(o), versionCommand(),
-		endpointsCommand(o), deliveriesCommand(o), replayCommand(o), tailCommand(o))
+		endpointsCommand(o), deliveriesCommand(o), replayCommand(o), tailCommand(o), dropSlotCommand(o))
 	for _, c := range root.Commands() {
 		if !c.HasSubCommands() { // of those below, each has its own
 			c.Args = noArgs

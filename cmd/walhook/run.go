@@ -522,6 +522,9 @@ func (p *pipeline) export() {
 	gauge("walhook_watermark_lag_bytes", "WAL received that is not settled. Worry when it only grows.", func() float64 {
 		return float64(p.lag())
 	})
+	gauge("walhook_watermark_stuck_seconds", "For how long the oldest row that is not settled has been owed. Worry when it stays above buffer.spill_after: nothing can be parked, and the slot keeps WAL.", func() float64 {
+		return p.relay.Stuck().Seconds()
+	})
 	gauge("walhook_clock_ahead_seconds", "How far the server's clock is ahead of this machine's, looked at every 30 s. Worry beyond 30 s either way: receivers refuse timestamps that are 5 minutes off.", func() float64 {
 		if sv := p.stream.Status().Survey; sv != nil {
 			return sv.Clock.Seconds()
@@ -539,6 +542,12 @@ func (p *pipeline) export() {
 		ConstLabels: prometheus.Labels{"version": version, "commit": commitID, "go_version": runtime.Version()},
 	})
 	build.Set(1)
+	gauge("walhook_slot_keep_limit_bytes", "The server's max_slot_wal_keep_size, beyond which the slot is lost; -1 is no limit. Worry at no limit: a slot that nobody reads fills the disk.", func() float64 {
+		if sv := p.stream.Status().Survey; sv != nil && sv.KeepSize >= 0 {
+			return float64(sv.KeepSize << 20)
+		}
+		return -1
+	})
 	p.reg.MustRegister(build, &walStatus{p.stream}, &streamState{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
