@@ -548,7 +548,7 @@ func (p *pipeline) export() {
 		}
 		return -1
 	})
-	p.reg.MustRegister(build, &walStatus{p.stream}, &streamState{p.stream}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	p.reg.MustRegister(build, &walStatus{p.stream}, &streamState{p}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // lag is how far the watermark is behind what was received, in bytes of WAL.
@@ -587,14 +587,21 @@ func collectOne[T ~string](ch chan<- prometheus.Metric, desc *prometheus.Desc, p
 }
 
 // streamState is 1 for the present state of the stream.
-type streamState struct{ stream *cdc.Stream }
+type streamState struct{ of *pipeline }
 
 var streamStateDesc = prometheus.NewDesc("walhook_stream_state", "1 for the present state of the stream, as /readyz tells it. Worry at anything but streaming and standby that lasts; at lost, events may have been missed.", []string{"state"}, nil)
 
 func (s *streamState) Describe(ch chan<- *prometheus.Desc) { ch <- streamStateDesc }
 
 func (s *streamState) Collect(ch chan<- prometheus.Metric) {
-	collectOne(ch, streamStateDesc, s.stream.Status().State, []cdc.State{cdc.Connecting, cdc.Streaming, cdc.Standby, cdc.Waiting, cdc.Recovering, cdc.Lost})
+	s.of.mu.Lock()
+	preparing := s.of.preparing
+	s.of.mu.Unlock()
+	present := s.of.stream.Status().State
+	if preparing != nil { // the stream has not begun
+		present = cdc.FaultOf(preparing).State
+	}
+	collectOne(ch, streamStateDesc, present, []cdc.State{cdc.Connecting, cdc.Streaming, cdc.Standby, cdc.Waiting, cdc.Recovering, cdc.Lost})
 }
 
 // claims gives the stream and the relay the record of who holds the slot and how far it is settled.

@@ -22,7 +22,9 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 
+	"github.com/walhook/walhook/cdc"
 	"github.com/walhook/walhook/cdc/pgtest"
 	"github.com/walhook/walhook/sender/sendertest"
 )
@@ -483,6 +485,29 @@ func TestStartWaitsForWhatCanBeMendedOutside(t *testing.T) {
 	b.produce(1, 10, 2)
 	requireAll(t, rx, 10)
 	p.stop()
+}
+
+// A start that waits before there is a stream says so in /metrics as it does in /readyz.
+func TestTheStateInMetricsIsTheOneOfReadyz(t *testing.T) {
+	s := newSidecar(mustLoad(t, threeLines, noEnv), &options{env: noEnv}, zap.NewNop())
+	p, err := newPipeline(s.cfg, cdc.RecoverAsk, s.databaseURL, s.log)
+	require.NoError(t, err)
+	defer p.close()
+	s.now = p
+	for _, preparing := range []error{nil, &cdc.Fault{State: cdc.Waiting, Reason: "the password is wrong"}} {
+		p.preparing = preparing
+		families, err := p.reg.Gather()
+		require.NoError(t, err)
+		present := ""
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				if f.GetName() == "walhook_stream_state" && m.GetGauge().GetValue() == 1 {
+					present += m.GetLabel()[0].GetValue()
+				}
+			}
+		}
+		require.Equal(t, s.health().Status, present)
+	}
 }
 
 func TestMistakesInTheConfigEndWithCode2(t *testing.T) {
