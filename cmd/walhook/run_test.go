@@ -490,7 +490,7 @@ func TestStartWaitsForWhatCanBeMendedOutside(t *testing.T) {
 // A start that waits before there is a stream says so in /metrics as it does in /readyz.
 func TestTheStateInMetricsIsTheOneOfReadyz(t *testing.T) {
 	s := newSidecar(mustLoad(t, threeLines, noEnv), &options{env: noEnv}, zap.NewNop())
-	p, err := newPipeline(s.cfg, cdc.RecoverAsk, s.databaseURL, s.log)
+	p, err := newPipeline(s.cfg, cdc.RecoverAsk, s.databaseURL, nil, s.log)
 	require.NoError(t, err)
 	defer p.close()
 	s.now = p
