@@ -17,7 +17,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt ci deps clean
+.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt chart chart-docs ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +113,12 @@ lint-full: $(TOOLS)/golangci-lint ## golangci-lint by .golangci.yml (its first b
 fmt: $(TOOLS)/gofumpt ## format the code
 	$(TOOLS)/gofumpt -w cmd cdc outbox sender
 
+chart: $(addprefix $(TOOLS)/,helm helm-unittest kubeconform helm-docs promrules kubeschemas) ## lint, render, validate and test charts/walhook (the first build of helm takes minutes)
+	@.ci/chart-check
+
+chart-docs: $(TOOLS)/helm-docs ## the chart's README from its values
+	$(TOOLS)/helm-docs --chart-search-root charts
+
 ci: ## what CI does, from installing to testing
 	@.ci/run
 
@@ -130,3 +136,16 @@ $(TOOLS)/staticcheck $(TOOLS)/gofumpt: .ci/tools/go.mod .ci/tools/go.sum
 $(TOOLS)/golangci-lint: Makefile
 	GOBIN=$(CURDIR)/$(TOOLS) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 	@touch $@
+
+# What cannot be built is left out by .ci/chart-check, with a line that says so.
+$(TOOLS)/helm $(TOOLS)/helm-unittest $(TOOLS)/kubeconform: .ci/chart/go.mod .ci/chart/go.sum
+	-CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/chart install -trimpath -ldflags "-s -w" $(if $(filter %/helm,$@),helm.sh/helm/v4/cmd/helm,$(if $(filter %/kubeconform,$@),github.com/yannh/kubeconform/cmd/kubeconform,github.com/helm-unittest/helm-unittest/cmd/helm-unittest))
+	-@touch -c $@
+
+$(TOOLS)/promrules $(TOOLS)/kubeschemas: .ci/charttools/go.mod .ci/charttools/go.sum $(wildcard .ci/charttools/*/*.go)
+	-CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/charttools install -trimpath -ldflags "-s -w" ./$(@F)
+	-@touch -c $@
+
+$(TOOLS)/helm-docs: Makefile
+	-CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go install -trimpath -ldflags "-s -w" github.com/norwoodj/helm-docs/cmd/helm-docs@v1.14.2
+	-@touch -c $@

@@ -1,4 +1,4 @@
-module github.com/walhook/walhook/ci/promrules
+module github.com/walhook/walhook/ci/charttools
 
 go 1.26.7
 
