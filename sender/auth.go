@@ -285,10 +285,10 @@ func (k *tokens) ask(ctx context.Context, t *target, inBody bool) (got granted, 
 		form.Set("scope", strings.Join(k.cfg.Scopes, " "))
 	}
 	header := http.Header{
-		"Content-Type":    {"application/x-www-form-urlencoded"},
-		"Accept":          {"application/json"},
-		"User-Agent":      t.header["User-Agent"],
-		"Idempotency-Key": nil, // see target.header
+		"Content-Type":       {"application/x-www-form-urlencoded"},
+		"Accept":             {"application/json"},
+		"User-Agent":         t.header["User-Agent"],
+		headerIdempotencyKey: nil, // see message.request
 	}
 	id, secret := k.cfg.ClientID, k.cfg.ClientSecret.Reveal()
 	if inBody {

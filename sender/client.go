@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -97,11 +99,30 @@ type Client struct {
 
 var _ outbox.Sender = (*Client)(nil)
 
-// transport is a connection pool with its users counted.
+// transport is a pool of connections with its users counted: net/http's, and the wires beside it.
 type transport struct {
 	*http.Transport
+	wires *wires
 	users int
 	gone  atomic.Bool // the last of them left
+}
+
+// CloseIdleConnections closes those of both kinds.
+func (tr *transport) CloseIdleConnections() {
+	tr.Transport.CloseIdleConnections()
+	tr.wires.closeIdle()
+}
+
+// takes tells whether a request goes by a wire.
+func (tr *transport) takes(t *target, m *message) bool {
+	return tr != nil && t.wired && m.body.size() <= maxWireBody && tr.wires.know(t, time.Now())
+}
+
+// learn notes what an answer shows of its host.
+func (tr *transport) learn(t *target, res *http.Response) {
+	if tr != nil && t.wired && res.TLS != nil {
+		tr.wires.learn(t.address, res.ProtoMajor == 1, time.Now())
+	}
 }
 
 // used ends an attempt: the last ones of a transport that is gone leave it no idle connection.
@@ -194,57 +215,80 @@ func (c *Client) send(ctx context.Context, a outbox.Attempt, seen *Exchange) (o 
 	return o
 }
 
+// reply is what came back on a request, as far as it matters.
+type reply struct {
+	status       int // zero where no answer came
+	retryAfter   string
+	major, minor int // of the answer's HTTP
+}
+
 // post makes the request, of together where that is not nil, reads the answer and judges it.
 func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, together *batch, seen *Exchange) (outbox.Outcome, effect) {
 	begin := time.Now()
-	ctx, cancel := context.WithCancelCause(parent)
-	defer cancel(nil)
-	req, bad := t.request(ctx, a, together, begin)
-	if bad != nil {
+	m := messages.Get().(*message)
+	defer m.free()
+	if bad := t.write(m, a, together, begin); bad != nil {
 		return bad.outcome(), neither
 	}
+	var span trace.Span
+	if c.tracer != nil {
+		span = c.span(parent, m, t, a, together, begin)
+	}
+	defer t.pool.used()
+	if seen == nil && t.pool.takes(t, m) {
+		return c.postByWire(parent, t, m, begin, span)
+	}
+	return c.postByNetHTTP(parent, t, m, begin, span, seen)
+}
 
+// postByWire is post over HTTP/1.1, which needs neither a context nor a timer of its own.
+func (c *Client) postByWire(parent context.Context, t *target, m *message, begin time.Time, span trace.Span) (outbox.Outcome, effect) {
+	deadline := begin.Add(t.endpoint.Timeout)
+	w, got, err := t.pool.wires.exchange(parent, t, m, deadline)
+	now := time.Now()
+	r := result{status: got.status, retryAfter: got.retryAfter, err: err}
+	if err != nil {
+		r.cut = parent.Err() != nil
+		r.timedOut = !r.cut && !now.Before(deadline)
+	}
+	o, effect := c.conclude(t, r, got, begin, now, span)
+	if err == nil {
+		t.pool.wires.done(w, now, deadline)
+	}
+	return o, effect
+}
+
+// postByNetHTTP is post by net/http, for HTTP/2 and for whatever wires are not for.
+func (c *Client) postByNetHTTP(parent context.Context, t *target, m *message, begin time.Time, span trace.Span, seen *Exchange) (outbox.Outcome, effect) {
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
 	// One timer for the whole attempt, which ends sooner once the status is known: a context
 	// with a deadline could not be shortened.
 	timer := time.AfterFunc(t.endpoint.Timeout, func() { cancel(errOutOfTime) })
 	defer timer.Stop()
 
-	var span trace.Span
-	if c.tracer != nil {
-		span = c.span(req, t, a, together, begin)
-	}
+	req := m.request(ctx, t)
 	seen.asked(t, req)
-	defer t.pool.used()
 	token, err := t.authorize(ctx, req)
 	var res *http.Response
 	if err == nil {
 		res, err = t.trip(ctx, req)
 	}
-	r := result{err: err}
+	r, got := result{err: err}, reply{}
 	if err == nil {
-		r.status, r.retryAfter = res.StatusCode, res.Header.Get("Retry-After")
+		got = reply{status: res.StatusCode, retryAfter: res.Header.Get("Retry-After"), major: res.ProtoMajor, minor: res.ProtoMinor}
+		r.status, r.retryAfter = got.status, got.retryAfter
 		if r.status == http.StatusUnauthorized && t.tokens != nil {
 			t.tokens.drop(token) // the next attempt fetches another
 		}
+		t.pool.learn(t, res)
 	} else if parent.Err() != nil {
 		r.cut = true
 	} else if context.Cause(ctx) == errOutOfTime {
 		r.timedOut = true
 	}
 	now := time.Now()
-	o, effect := judge(r, t.endpoint, now)
-	if span != nil {
-		endSpan(span, o, res, now)
-	}
-	switch o.Verdict {
-	case outbox.Cut:
-	case outbox.Held:
-		c.room.missing(o.Detail)
-		c.Close() // idle connections are the first thing to give back
-	default:
-		t.codes.inc(o)
-		c.metrics.duration.Observe(now.Sub(begin).Seconds())
-	}
+	o, effect := c.conclude(t, r, got, begin, now, span)
 	if err != nil {
 		return o, effect
 	}
@@ -256,9 +300,27 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	return o, effect
 }
 
+// conclude judges what came of a request, and tells of it.
+func (c *Client) conclude(t *target, r result, got reply, begin, now time.Time, span trace.Span) (outbox.Outcome, effect) {
+	o, effect := judge(r, t.endpoint, now)
+	if span != nil {
+		endSpan(span, o, got, now)
+	}
+	switch o.Verdict {
+	case outbox.Cut:
+	case outbox.Held:
+		c.room.missing(o.Detail)
+		c.Close() // idle connections are the first thing to give back
+	default:
+		t.codes.inc(o)
+		c.metrics.duration.Observe(now.Sub(begin).Seconds())
+	}
+	return o, effect
+}
+
 // trip makes the request, and makes it again where a connection that was kept turns out to be
 // dead: its end says nothing of how the receiver fares, so it costs no attempt. net/http does
-// so by itself (see target.header), but not where part of a body larger than its buffer was written.
+// so by itself (see message.request), but not where part of a body larger than its buffer was written.
 func (t *target) trip(ctx context.Context, req *http.Request) (*http.Response, error) {
 	var kept bool
 	traced := req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
@@ -306,6 +368,9 @@ func (c *Client) renew(e *outbox.Endpoint) (*target, error) {
 	}
 	if _, given := t.header["User-Agent"]; !given {
 		t.header["User-Agent"] = []string{c.userAgent}
+	}
+	for _, name := range slices.Sorted(maps.Keys(t.header)) {
+		t.fields = append(t.fields, field{name, t.header[name][0]})
 	}
 
 	t.source = c.source
@@ -394,6 +459,7 @@ func (c *Client) acquire(t *target) {
 	if tr == nil {
 		tr = &transport{Transport: newTransport(t.way, t.tls, c.maxIdle)}
 		tr.DialContext = c.room.counting(tr.DialContext, c.Close)
+		tr.wires = newWires(tr.DialContext, tr.TLSClientConfig, c.maxIdle)
 		c.transports[t.route] = tr
 	}
 	tr.users++

@@ -12,8 +12,9 @@
 //   - What is signed is what is sent, byte for byte, and a payload is never decoded.
 //   - A batch is one request and one outcome. An event of which no request can be made is left out of
 //     it, told of with its reason, and says nothing of the others.
-//   - A connection that the receiver closed while it was idle costs no attempt: net/http sends
-//     the same request again on a fresh one.
+//   - A connection that the receiver closed while it was idle costs no attempt: the same request goes
+//     again on a fresh one. What comes on an idle one is no answer to anything.
+//   - By whichever way a request goes, a wire of ours or net/http, the same bytes mean the same (wire.go).
 //   - A circuit hears of each attempt exactly once, also after a panic or a cancel, so a probe
 //     can never leave it half-open for ever.
 //   - What this host lacks (descriptors, ports, memory) spends no attempt and counts against no
@@ -25,7 +26,7 @@
 //   - No outcome, log line, metric or error holds a URL, a query or a secret.
 //
 // What it never does: wait for anything but the network and (up to roomWait) a place in it,
-// retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each idle connection,
+// retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each of its idle connections,
 // for at most idleConnTimeout), read a file, use a proxy that the endpoint does not name, or read an event's data
 // but by the rules of its endpoint's transform.
 //

@@ -202,9 +202,12 @@ func TestMisbehavingReceivers(t *testing.T) {
 		"204 with a body":         {serve: says("HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\nabc"), want: outbox.Outcome{Verdict: outbox.Delivered, Status: 204}},
 		"HTTP/1.0":                {serve: ends("HTTP/1.0 200 OK\r\n\r\nfine"), want: delivered},
 	} {
-		t.Run(name, func(t *testing.T) {
+		both(t, name, func(t *testing.T, nethttp *http.Transport) {
 			url := raw(t, c.serve)
 			b := setup(t, nil)
+			if nethttp != nil {
+				b.roundTripper = nethttp
+			}
 			goroutines := runtime.NumGoroutine()
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
@@ -231,11 +234,22 @@ func TestMisbehavingReceivers(t *testing.T) {
 			require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(2<<20), "bytes allocated")
 
 			b.Close()
+			if nethttp != nil {
+				nethttp.CloseIdleConnections()
+			}
 			require.Eventually(t, func() bool {
 				return runtime.NumGoroutine() <= goroutines+1 && sockets() <= 1 && b.room.connections() == 0 // Eventually's own; the receiver's
 			}, patience, 5*time.Millisecond)
 		})
 	}
+}
+
+// both runs a test over wires, and over net/http, which has to mean the same by the same bytes.
+func both(t *testing.T, name string, test func(t *testing.T, nethttp *http.Transport)) {
+	t.Run(name, func(t *testing.T) { test(t, nil) })
+	t.Run(name+" by net_http", func(t *testing.T) {
+		test(t, newTransport(way{guard: guard{origin: outbox.FromFile}}, new(tls.Config), 1))
+	})
 }
 
 // sockets counts those that the process has open.

@@ -9,10 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -28,6 +30,8 @@ const (
 	headerAttempt     = "webhook-attempt"
 	headerReplay      = "webhook-replay"
 	headerTraceparent = "traceparent"
+
+	headerIdempotencyKey = "Idempotency-Key"
 
 	// What NFE.io sends beside its signatures, spelled as it does.
 	headerHookID       = "X-Hook-Id"
@@ -86,87 +90,128 @@ func (u *unsendable) outcome() outbox.Outcome {
 	return outbox.Outcome{Verdict: outbox.Dead, Reason: u.reason, Detail: u.detail}
 }
 
-// request renders the attempt as it goes on the wire; together is its batch, nil where it has
-// none. Nothing in it is shared with another request but what nobody writes to: net/http's write
-// loop may outlive the attempt.
-func (t *target) request(ctx context.Context, a outbox.Attempt, together *batch, now time.Time) (*http.Request, *unsendable) {
+// message is a request as it will go on the wire, before it is one of net/http's or so many bytes.
+type message struct {
+	method string
+	url    *url.URL
+	fields []field
+	body   *body
+}
+
+// field is a header with its value. Names are spelled as they are sent.
+type field struct{ name, value string }
+
+var messages = sync.Pool{New: func() any { return new(message) }}
+
+// free gives the message back. Its body and its values may live on, and are nobody's to change.
+func (m *message) free() {
+	clear(m.fields)
+	*m = message{fields: m.fields[:0]}
+	messages.Put(m)
+}
+
+// add sets a header that is not there yet.
+func (m *message) add(name, value string) { m.fields = append(m.fields, field{name, value}) }
+
+// set replaces a header, however it is spelled there.
+func (m *message) set(name, value string) {
+	m.fields = slices.DeleteFunc(m.fields, func(f field) bool { return strings.EqualFold(f.name, name) })
+	m.add(name, value)
+}
+
+// get is the value of a header by the name with which it was set; empty where there is none.
+func (m *message) get(name string) string {
+	for _, f := range m.fields {
+		if f.name == name {
+			return f.value
+		}
+	}
+	return ""
+}
+
+// request is the message as net/http takes it. Nothing in it is shared with another request but what
+// nobody writes to: net/http's write loop may outlive the attempt.
+func (m *message) request(ctx context.Context, t *target) *http.Request {
+	header := make(http.Header, len(m.fields)+1)
+	values := make([]string, len(m.fields)) // one allocation for all of them
+	for i, f := range m.fields {
+		values[i] = f.value
+		header[f.name] = values[i : i+1 : i+1]
+	}
+	if _, given := header[headerIdempotencyKey]; !given {
+		header[headerIdempotencyKey] = nil // never sent, but has net/http repeat a POST whose idle connection turns out to be closed
+	}
+	req := t.base.WithContext(ctx)
+	req.URL, req.Header = m.url, header
+	req.ContentLength = m.body.size()
+	req.GetBody = m.body.open
+	if req.Body, _ = m.body.open(); req.ContentLength == 0 {
+		req.Body = http.NoBody
+	}
+	return req
+}
+
+// write renders the attempt; together is its batch, nil where it has none.
+func (t *target) write(m *message, a outbox.Attempt, together *batch, now time.Time) *unsendable {
 	id, parent := a.Event.ID, a.Event.Headers
-	var b *body
 	var contentType string
 	if together != nil {
-		id, b, contentType = together.id, together.body, together.contentType
+		id, m.body, contentType = together.id, together.body, together.contentType
 		if parent = nil; len(together.events) == 1 { // several have no parent in common
 			parent = together.events[0].Headers
 		}
 	} else {
 		var bad *unsendable
-		if b, contentType, bad = t.render(a.Event); bad != nil {
-			return nil, bad
+		if m.body, contentType, bad = t.render(a.Event); bad != nil {
+			return bad
 		}
 		if !validID(id) {
-			return nil, badID
+			return badID
 		}
 	}
+	m.method, m.url = t.base.Method, t.base.URL
 
-	values := make([]string, 0, t.headers) // one allocation for all the values that differ between requests
-	header := maps.Clone(t.header)
-	long := ""
-	set := func(name, value string) {
-		if len(value) > maxHeaderValue {
-			long = name
-		}
-		values = append(values, value)
-		header[name] = values[len(values)-1 : len(values) : len(values)]
-	}
 	timestamp := strconv.FormatInt(now.Unix(), 10)
-	set("Content-Type", contentType)
-	set(headerID, id)
-	set(headerTimestamp, timestamp)
-	set(headerAttempt, strconv.Itoa(a.Number))
+	m.fields = append(m.fields, t.fields...)
+	m.add("Content-Type", contentType)
+	m.add(headerID, id)
+	m.add(headerTimestamp, timestamp)
+	m.add(headerAttempt, strconv.Itoa(a.Number))
 	if a.Replay {
-		set(headerReplay, "true")
+		m.add(headerReplay, "true")
 	}
 	if t.endpoint.Format == outbox.FormatCloudEventsBinary {
-		if bad := t.setAttributes(set, a.Event); bad != nil {
-			return nil, bad
+		if bad := t.setAttributes(m.add, a.Event); bad != nil {
+			return bad
 		}
 	}
 	if together != nil && together.ids != "" {
-		set(headerBatchIDs, together.ids)
+		m.add(headerBatchIDs, together.ids)
 	}
 	signatures := t.signatures
 	if until := t.endpoint.PreviousUntil; !until.IsZero() && !now.Before(until) {
 		signatures = t.newest
 	}
 	for i := range signatures {
-		set(signatures[i].header, signatures[i].sign(id, timestamp, b))
+		m.add(signatures[i].header, signatures[i].sign(id, timestamp, m.body))
 	}
 	if t.nfeio {
-		set(headerHookID, id)
-		set(headerHookAttempts, strconv.Itoa(a.Number-1))
-		set(headerContentMD5, contentMD5(b))
+		m.add(headerHookID, id)
+		m.add(headerHookAttempts, strconv.Itoa(a.Number-1))
+		m.add(headerContentMD5, contentMD5(m.body))
 	}
 	if parent := traceparent(parent); parent != "" {
-		set(headerTraceparent, parent)
+		m.set(headerTraceparent, parent)
 	}
-	if long != "" {
-		return nil, &unsendable{outbox.ReasonBadRequest, fmt.Sprintf("the header %s would be larger than %d bytes", long, maxHeaderValue)}
+	for _, f := range m.fields {
+		if len(f.value) > maxHeaderValue {
+			return &unsendable{outbox.ReasonBadRequest, fmt.Sprintf("the header %s would be larger than %d bytes", f.name, maxHeaderValue)}
+		}
 	}
-	if bad := t.transformHeaders(header, a.Event); bad != nil {
-		return nil, bad
+	if bad := t.transformHeaders(m, a.Event); bad != nil {
+		return bad
 	}
-
-	req := t.base.WithContext(ctx)
-	req.Header = header
-	if bad := t.transformURL(req, a.Event); bad != nil {
-		return nil, bad
-	}
-	req.ContentLength = b.size()
-	req.GetBody = b.open // with Idempotency-Key in the header map: see target.header
-	if req.Body, _ = b.open(); req.ContentLength == 0 {
-		req.Body = http.NoBody
-	}
-	return req, nil
+	return t.transformURL(m, a.Event)
 }
 
 // contentMD5 is the header of RFC 1864: a checksum, which proves nothing of who sent the body.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -44,20 +45,22 @@ const maxURL = 8192
 type target struct {
 	endpoint *outbox.Endpoint
 	base     *http.Request // with method and URL
-	// header goes with every request. Its entry Idempotency-Key: nil is never sent, but has
-	// net/http repeat a POST whose idle connection turns out to be closed.
-	header http.Header
+	header   http.Header   // goes with every request
+	fields   []field       // the same, ready
 	// signatures are the headers that sign a request, each by its scheme and secrets.
 	signatures []signature
 	newest     []signature // the same by the newest secret alone
 	nfeio      bool        // NFE.io's headers beside its signatures are sent too
 	source     string      // of events, as CloudEvents calls it
 	taken      []string    // headers, in lower case, that a transform may not set
-	headers    int         // at most so many have a value of their own in each request
 	tokens     *tokens     // that OAuth 2.0 gives; nil where it is not used
 	tls        *tls.Config
 	way        way
 	route      string // equal for targets that may share connections
+
+	wired   bool   // its requests may go by wires, where its host speaks HTTP/1.1
+	address string // host and port, as they are dialled
+	path    string // and query
 
 	rt      http.RoundTripper
 	pool    *transport // that rt is; nil where a test gave another
@@ -120,15 +123,7 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	t.signatures, wrong = parseSigning(e)
 	errs = append(errs, wrong...)
 	t.nfeio = e.SignsBy(outbox.SchemeNFEio)
-	t.headers = 6 + len(t.signatures)
-	if t.nfeio {
-		t.headers += 3
-	}
-	if e.Batch.MaxEvents > 1 {
-		t.headers++
-	}
 	if e.Format == outbox.FormatCloudEventsBinary {
-		t.headers += len(attributeHeaders)
 		for _, s := range t.signatures {
 			if slices.Contains(attributeHeaders, strings.ToLower(s.header)) {
 				errs = append(errs, fmt.Errorf("signing: sets the header %s, which format %s sets already", s.header, e.Format))
@@ -155,9 +150,6 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	if size := headerSize(t.header); size > maxHeaders {
 		errs = append(errs, fmt.Errorf("headers: have %d bytes together, %d are allowed", size, maxHeaders))
 	}
-	if _, given := t.header["Idempotency-Key"]; !given {
-		t.header["Idempotency-Key"] = nil
-	}
 
 	t.tls, wrong = parseTLS(e)
 	errs = append(errs, wrong...)
@@ -171,6 +163,9 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
+	port := cmp.Or(to.Port(), map[string]string{"http": "80", "https": "443"}[to.Scheme])
+	t.address, t.path = net.JoinHostPort(to.Hostname(), port), to.RequestURI()
+	t.wired = t.way.proxy == nil && t.tokens == nil && plainHost(to.Host)
 	t.newest = t.signatures
 	if !e.PreviousUntil.IsZero() {
 		t.newest = slices.Clone(t.signatures)
@@ -324,18 +319,18 @@ func spelled(name string) string {
 }
 
 // validHeaderName tells whether s is a token of RFC 9110.
-func validHeaderName(s string) bool {
+func validHeaderName[T string | []byte](s T) bool {
 	for i := range len(s) {
 		c := s[i]
 		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && !strings.ContainsRune("!#$%&'*+-.^_`|~", rune(c)) {
 			return false
 		}
 	}
-	return s != ""
+	return len(s) > 0
 }
 
 // validHeaderValue tells whether s may stand in a header: no control characters but the tab.
-func validHeaderValue(s string) bool {
+func validHeaderValue[T string | []byte](s T) bool {
 	for i := range len(s) {
 		if s[i] < ' ' && s[i] != '\t' || s[i] == 0x7f {
 			return false

@@ -1,8 +1,9 @@
 package sender
 
 import (
+	"context"
 	"encoding/hex"
-	"net/http"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 //
 // Names are those of OpenTelemetry's semantic conventions for HTTP clients and for messaging. There
 // is no url.full: the paths of other people's webhooks are credentials as often as queries are.
-func (c *Client) span(req *http.Request, t *target, a outbox.Attempt, together *batch, begin time.Time) trace.Span {
+func (c *Client) span(parent context.Context, m *message, t *target, a outbox.Attempt, together *batch, begin time.Time) trace.Span {
 	id, attributes := a.Event.ID, make([]attribute.KeyValue, 0, 12)
 	var links []trace.Link
 	if together != nil {
@@ -41,45 +42,42 @@ func (c *Client) span(req *http.Request, t *target, a outbox.Attempt, together *
 		attribute.String("messaging.operation.type", "send"),
 		attribute.String("messaging.destination.name", t.endpoint.ID),
 		attribute.String("messaging.message.id", id),
-		attribute.Int64("messaging.message.body.size", req.ContentLength),
-		attribute.String("http.request.method", req.Method),
-		attribute.String("server.address", req.URL.Hostname()),
-		attribute.Int("server.port", port(req)),
+		attribute.Int64("messaging.message.body.size", m.body.size()),
+		attribute.String("http.request.method", m.method),
+		attribute.String("server.address", m.url.Hostname()),
+		attribute.Int("server.port", port(m.url)),
 	)
 	if a.Number > 1 {
 		attributes = append(attributes, attribute.Int("http.request.resend_count", a.Number-1))
 	}
 
-	parent, header := req.Context(), map[string][]string(req.Header) // whose names are spelled as they are
-	if given := header[headerTraceparent]; len(given) > 0 {
-		if sc := spanContext(given[0]); sc.IsValid() {
-			parent = trace.ContextWithRemoteSpanContext(parent, sc)
-		}
+	if sc := spanContext(m.get(headerTraceparent)); sc.IsValid() {
+		parent = trace.ContextWithRemoteSpanContext(parent, sc)
 	}
 	_, span := c.tracer.Start(
 		parent, "send webhook", trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(begin),
 		trace.WithAttributes(attributes...), trace.WithLinks(links...),
 	)
 	if sc := span.SpanContext(); sc.IsValid() {
-		header[headerTraceparent] = []string{"00-" + sc.TraceID().String() + "-" + sc.SpanID().String() + "-" + sc.TraceFlags().String()}
+		m.set(headerTraceparent, "00-"+sc.TraceID().String()+"-"+sc.SpanID().String()+"-"+sc.TraceFlags().String())
 	}
 	return span
 }
 
-// endSpan says how the attempt ended; res is nil where there was no answer.
-func endSpan(span trace.Span, o outbox.Outcome, res *http.Response, now time.Time) {
-	if res != nil {
-		version := strconv.Itoa(res.ProtoMajor)
-		if res.ProtoMajor == 1 {
-			version += "." + strconv.Itoa(res.ProtoMinor)
+// endSpan says how the attempt ended; the reply's status is zero where there was none.
+func endSpan(span trace.Span, o outbox.Outcome, got reply, now time.Time) {
+	if got.status != 0 {
+		version := strconv.Itoa(got.major)
+		if got.major == 1 {
+			version += "." + strconv.Itoa(got.minor)
 		}
-		span.SetAttributes(attribute.Int("http.response.status_code", res.StatusCode), attribute.String("network.protocol.version", version))
+		span.SetAttributes(attribute.Int("http.response.status_code", got.status), attribute.String("network.protocol.version", version))
 	}
 	if o.Verdict != outbox.Delivered {
 		what := string(o.Reason)
 		switch {
-		case res != nil:
-			what = strconv.Itoa(res.StatusCode)
+		case got.status != 0:
+			what = strconv.Itoa(got.status)
 		case o.Verdict == outbox.Cut:
 			what = "cut"
 		}
@@ -103,11 +101,11 @@ func spanContext(traceparent string) trace.SpanContext {
 	return trace.NewSpanContext(trace.SpanContextConfig{TraceID: traceID, SpanID: spanID, TraceFlags: trace.TraceFlags(flags[0]), Remote: true})
 }
 
-func port(req *http.Request) int {
-	if p, err := strconv.Atoi(req.URL.Port()); err == nil {
+func port(u *url.URL) int {
+	if p, err := strconv.Atoi(u.Port()); err == nil {
 		return p
 	}
-	if req.URL.Scheme == "http" {
+	if u.Scheme == "http" {
 		return 80
 	}
 	return 443

@@ -57,7 +57,7 @@ func (t *target) transformBody(e *outbox.Event) (*body, string, *unsendable) {
 
 // transformHeaders sets the headers that the endpoint's own rule makes, in the place of static ones of the
 // same name. They are held to what static ones are held to.
-func (t *target) transformHeaders(header http.Header, e *outbox.Event) *unsendable {
+func (t *target) transformHeaders(m *message, e *outbox.Event) *unsendable {
 	r := t.endpoint.Transform.Headers
 	if r == nil {
 		return nil
@@ -84,20 +84,15 @@ func (t *target) transformHeaders(header http.Header, e *outbox.Event) *unsendab
 		if why != "" {
 			return failed("headers", fmt.Errorf("%.60q %s", h.Name, why))
 		}
-		for name := range header {
-			if strings.EqualFold(name, h.Name) {
-				delete(header, name)
-			}
-		}
 		before = lower
-		header[spelled(h.Name)] = []string{h.Value}
+		m.set(spelled(h.Name), h.Value)
 	}
 	return nil
 }
 
 // transformURL puts the path and query that the endpoint's own rule makes in the place of the
 // URL's. Scheme and host stay.
-func (t *target) transformURL(req *http.Request, e *outbox.Event) *unsendable {
+func (t *target) transformURL(m *message, e *outbox.Event) *unsendable {
 	r := t.endpoint.Transform.URL
 	if r == nil {
 		return nil
@@ -111,6 +106,6 @@ func (t *target) transformURL(req *http.Request, e *outbox.Event) *unsendable {
 		return failed("url", errors.New("the result is not a path with or without a query"))
 	}
 	to.Scheme, to.Host = t.base.URL.Scheme, t.base.URL.Host
-	req.URL = to
+	m.url = to
 	return nil
 }

@@ -1,0 +1,572 @@
+package sender
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/textproto"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	// maxWireBody is how large a body a wire takes, in bytes. The socket's buffer holds so much: a receiver
+	// that answers before it has read the request keeps no writer waiting. net/http reads while it writes.
+	maxWireBody = 16 << 10
+	// wireBuffer is how much of an answer is read at once; most have less in all.
+	wireBuffer = 2 << 10
+	// quietAfter is from when on an idle connection is looked at before it is used again: a receiver ends
+	// idle ones after seconds, some with an answer (408) to nothing.
+	quietAfter = 100 * time.Millisecond
+	// protocolKnown is for how long it is remembered that a host speaks HTTP/1.1 over TLS: it may learn HTTP/2.
+	protocolKnown = 15 * time.Minute
+)
+
+// wire is one connection of HTTP/1.1 (RFC 9112), used by one attempt at a time, in the attempt's own goroutine: it
+// writes the request in one piece and reads the answer. net/http hands both to two other goroutines for each
+// connection, which costs more than all the rest of an attempt.
+//
+// fasthttp's client would cost as little, and was not taken: it knows no context, so that a stop could not cut
+// an attempt; it repeats requests by rules of its own; it takes what comes unasked on an idle connection for the
+// next answer; and what it reads is not held to what net/http reads, as a wire is by FuzzAnswer.
+//
+// What is hard stays with net/http: HTTP/2, proxies, access tokens, large bodies, and whatever goes over TLS until the host
+// has shown there that it speaks HTTP/1.1.
+//
+// It trusts an answer as far as it must. Framing that could be read in two ways, or that was not read to its end, ends the
+// connection, and so does every byte that comes before it was asked for.
+type wire struct {
+	net.Conn
+	raw     syscall.RawConn // below any TLS
+	in      *bufio.Reader
+	address string
+
+	reused bool            // it has brought an answer before
+	cutBy  context.Context // whose end cuts the attempt under way
+	uncut  func() bool     // ends that
+
+	// Of the answer under way.
+	spent   int   // bytes of its head
+	length  int64 // of its body
+	chunked bool  // or else
+	endless bool  // or else the body ends with the connection
+	keep    bool  // the connection may serve again
+
+	idleAt     time.Time // idle: since when
+	next, prev *wire     // idle: in the list of all
+}
+
+// wires are the connections of a transport that are wires, and know which hosts they are for.
+type wires struct {
+	dial    dialFunc
+	tls     *tls.Config
+	maxIdle int
+
+	mu     sync.Mutex           // guards what follows
+	idle   map[string][]*wire   // by address, that used last at the end
+	oldest *wire                // of all idle ones
+	newest *wire                //
+	count  int                  // of idle ones
+	http1  map[string]time.Time // addresses that spoke HTTP/1.1 over TLS, and when they were last seen to
+	timer  *time.Timer          // nil while nothing is idle
+}
+
+func newWires(dial dialFunc, secure *tls.Config, maxIdle int) *wires {
+	cfg := secure.Clone()
+	cfg.NextProtos = []string{"http/1.1"}
+	return &wires{dial: dial, tls: cfg, maxIdle: maxIdle, idle: map[string][]*wire{}, http1: map[string]time.Time{}}
+}
+
+// know tells whether the target's host is known to speak HTTP/1.1.
+func (ws *wires) know(t *target, now time.Time) bool {
+	if t.way.guard.plain {
+		return true
+	}
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	seen, ok := ws.http1[t.address]
+	if ok && now.Sub(seen) > protocolKnown {
+		delete(ws.http1, t.address)
+		return false
+	}
+	return ok
+}
+
+// learn notes what a host spoke over TLS.
+func (ws *wires) learn(address string, http1 bool, now time.Time) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if http1 {
+		ws.http1[address] = now
+	} else {
+		delete(ws.http1, address)
+	}
+}
+
+// exchange makes the request and reads the head of the answer, until the deadline, or the parent's end. It is made
+// again where a connection that was kept turns out to be dead: see trip.
+func (ws *wires) exchange(parent context.Context, t *target, m *message, deadline time.Time) (*wire, reply, error) {
+	for tries := 1; ; tries++ {
+		w, err := ws.get(parent, t, deadline)
+		if err != nil {
+			return nil, reply{}, err
+		}
+		var got reply
+		if err = w.begin(parent, deadline); err == nil {
+			if err = w.send(t, m); err == nil || connectionEnded(err) { // it may have answered before it hung up
+				var wrong error
+				if got, wrong = w.receive(); wrong == nil || err == nil {
+					err = wrong
+				}
+			}
+		}
+		if err == nil {
+			return w, got, nil
+		}
+		w.close()
+		if !w.reused || tries > maxKept || parent.Err() != nil || !connectionEnded(err) {
+			return nil, reply{}, err
+		}
+	}
+}
+
+// get takes an idle connection, or makes one.
+func (ws *wires) get(parent context.Context, t *target, deadline time.Time) (*wire, error) {
+	now := time.Now()
+	for w := ws.take(t.address); w != nil; w = ws.take(t.address) {
+		if now.Sub(w.idleAt) < quietAfter || w.quiet() {
+			return w, nil
+		}
+		w.close()
+	}
+	return ws.open(parent, t, deadline)
+}
+
+// open makes a connection.
+func (ws *wires) open(parent context.Context, t *target, deadline time.Time) (*wire, error) {
+	ctx, cancel := context.WithDeadline(parent, deadline)
+	defer cancel()
+	conn, err := ws.dial(ctx, "tcp", t.address)
+	if err != nil {
+		return nil, err
+	}
+	w := &wire{Conn: conn, address: t.address}
+	under := conn
+	if counted, ok := conn.(*countedConn); ok {
+		under = counted.Conn
+	}
+	if sc, ok := under.(syscall.Conn); ok {
+		w.raw, _ = sc.SyscallConn()
+	}
+	if !t.way.guard.plain {
+		cfg := ws.tls.Clone()
+		cfg.ServerName = t.base.URL.Hostname()
+		secured := tls.Client(conn, cfg)
+		shake, cancel := context.WithTimeout(ctx, tlsTimeout)
+		defer cancel()
+		if err := secured.HandshakeContext(shake); err != nil {
+			_ = conn.Close()
+			if shake.Err() != nil && ctx.Err() == nil {
+				err = errHandshake
+			}
+			return nil, err
+		}
+		w.Conn = secured
+	}
+	w.in = bufio.NewReaderSize(w.Conn, wireBuffer)
+	return w, nil
+}
+
+// errHandshake says of a handshake that it took too long, as net/http's own does.
+var errHandshake error = handshakeTimeout{}
+
+type handshakeTimeout struct{}
+
+func (handshakeTimeout) Error() string   { return "TLS handshake timeout" }
+func (handshakeTimeout) Timeout() bool   { return true }
+func (handshakeTimeout) Temporary() bool { return true }
+
+// begin gives the connection to an attempt.
+func (w *wire) begin(parent context.Context, deadline time.Time) error {
+	if w.cutBy != parent {
+		if w.uncut != nil && !w.uncut() {
+			return net.ErrClosed // the end of another attempt's context has cut it, or is about to
+		}
+		// One for all attempts of a context, which are all that a run makes.
+		w.cutBy, w.uncut = parent, context.AfterFunc(parent, func() { _ = w.SetDeadline(time.Unix(1, 0)) })
+	}
+	if err := w.SetDeadline(deadline); err != nil {
+		return err
+	}
+	return parent.Err() // it may have ended before there was a deadline for it to cut
+}
+
+func (w *wire) close() {
+	if w.uncut != nil {
+		w.uncut()
+	}
+	_ = w.Close()
+}
+
+// quiet tells whether nothing has come on an idle connection, not its end either.
+func (w *wire) quiet() bool {
+	if w.raw == nil || w.in.Buffered() > 0 {
+		return false
+	}
+	nothing := false
+	err := w.raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		nothing = errors.Is(err, syscall.EAGAIN)
+		return true
+	})
+	return err == nil && nothing
+}
+
+var requestBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
+
+// send writes the request.
+func (w *wire) send(t *target, m *message) error {
+	buffer := requestBuffers.Get().(*[]byte)
+	b := append((*buffer)[:0], m.method...)
+	b = append(b, ' ')
+	if m.url == t.base.URL {
+		b = append(b, t.path...)
+	} else {
+		b = append(b, m.url.RequestURI()...)
+	}
+	b = append(b, " HTTP/1.1\r\nHost: "...)
+	b = append(b, t.base.Host...)
+	b = append(b, "\r\n"...)
+	bad := ""
+	for _, f := range m.fields {
+		if !validHeaderValue(f.value) {
+			bad = f.name
+		}
+		b = append(append(append(append(b, f.name...), ": "...), f.value...), "\r\n"...)
+	}
+	if size := m.body.size(); size > 0 || m.method != http.MethodDelete {
+		b = strconv.AppendInt(append(b, "Content-Length: "...), size, 10)
+		b = append(b, "\r\n"...)
+	}
+	b = append(b, "\r\n"...)
+	for _, part := range m.body.parts {
+		b = append(b, part...)
+	}
+	var err error
+	if bad == "" {
+		_, err = w.Write(b)
+	} else {
+		err = fmt.Errorf("the value of header %s is not one", bad)
+	}
+	*buffer = b
+	requestBuffers.Put(buffer)
+	return err
+}
+
+// receive reads the head of the answer, past those of 1xx, of which there may be as many as one head has room for.
+func (w *wire) receive() (got reply, err error) {
+	w.spent = 0
+	for {
+		if got, err = w.head(); err != nil || got.status/100 != 1 || got.status == http.StatusSwitchingProtocols {
+			return got, err
+		}
+	}
+}
+
+// head reads one status line and the headers behind it.
+func (w *wire) head() (reply, error) {
+	line, err := w.line()
+	if err != nil {
+		return reply{}, err
+	}
+	got, ok := parseStatusLine(line)
+	if !ok {
+		return reply{}, errNotHTTP
+	}
+	w.length, w.chunked, w.endless, w.keep = -1, false, false, got.minor > 0
+	ambiguous, retry := false, false
+	for first := true; ; first = false {
+		line, err := w.line()
+		if err != nil {
+			return reply{}, err
+		}
+		if len(line) == 0 {
+			break
+		}
+		if line[0] == ' ' || line[0] == '\t' {
+			if first {
+				return reply{}, errNotHTTP
+			}
+			w.keep, ambiguous = false, true // a folded line, which nobody should send any more
+			continue
+		}
+		colon := bytes.IndexByte(line, ':')
+		if colon <= 0 || !validHeaderName(line[:colon]) {
+			return reply{}, errNotHTTP
+		}
+		name, value := line[:colon], bytes.Trim(line[colon+1:], " \t")
+		if !validHeaderValue(value) {
+			return reply{}, errNotHTTP
+		}
+		switch {
+		case is(name, "content-length"):
+			n, err := strconv.ParseUint(string(value), 10, 63)
+			if err != nil || w.length >= 0 && w.length != int64(n) {
+				return reply{}, errNotHTTP
+			}
+			w.length = int64(n)
+		case is(name, "transfer-encoding"):
+			if w.chunked || !is(value, "chunked") {
+				return reply{}, errNotHTTP
+			}
+			w.chunked = true
+		case is(name, "connection"):
+			if has(value, "close") {
+				w.keep, ambiguous = false, true
+			} else if got.minor == 0 && has(value, "keep-alive") && !ambiguous {
+				w.keep = true
+			}
+		case is(name, "retry-after") && !retry:
+			got.retryAfter, retry = string(value), true
+		}
+	}
+	switch {
+	case got.status/100 == 1 || got.status == http.StatusNoContent || got.status == http.StatusNotModified:
+		if got.status == http.StatusSwitchingProtocols || w.chunked || w.length > 0 { // what follows is whatever it likes
+			w.keep = false
+		}
+		w.length, w.chunked = 0, false
+	case w.chunked:
+		if w.length >= 0 || got.minor == 0 { // two ways to read it
+			w.keep = false
+		}
+	case w.length < 0:
+		w.endless, w.keep = true, false
+	}
+	return got, nil
+}
+
+var errNotHTTP = textproto.ProtocolError("malformed answer")
+
+// is tells whether a is the lower-case word, in whatever case.
+func is(a []byte, word string) bool {
+	return len(a) == len(word) && strings.EqualFold(string(a), word)
+}
+
+// has tells whether a list of words with commas has one.
+func has(list []byte, word string) bool {
+	for item := range bytes.SplitSeq(list, []byte{','}) {
+		if is(bytes.Trim(item, " \t"), word) {
+			return true
+		}
+	}
+	return false
+}
+
+// parseStatusLine reads HTTP-version SP status-code SP reason (RFC 9112, 4); the reason may be missing.
+func parseStatusLine(line []byte) (got reply, ok bool) {
+	const before = "HTTP/1.1 "
+	if len(line) < len(before)+3 || string(line[:7]) != before[:7] || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
+		return reply{}, false
+	}
+	if line[7] != '0' && line[7] != '1' {
+		return reply{}, false
+	}
+	for _, c := range line[9:12] {
+		if c < '0' || c > '9' {
+			return reply{}, false
+		}
+		got.status = 10*got.status + int(c-'0')
+	}
+	got.major, got.minor = 1, int(line[7]-'0')
+	return got, true
+}
+
+// line reads a line of the head, without its end. It holds until the next read.
+func (w *wire) line() ([]byte, error) {
+	line, err := w.in.ReadSlice('\n')
+	if err == bufio.ErrBufferFull {
+		long := bytes.Clone(line)
+		for err == bufio.ErrBufferFull && w.spent+len(long) <= maxHeaderBytes {
+			line, err = w.in.ReadSlice('\n')
+			long = append(long, line...)
+		}
+		line = long
+	}
+	if w.spent += len(line); w.spent > maxHeaderBytes {
+		return nil, errLongHead
+	}
+	if err == io.EOF && w.spent > 0 {
+		err = errNotHTTP // half an answer, and no more will come
+	}
+	if err != nil {
+		return nil, err
+	}
+	line = line[:len(line)-1]
+	return bytes.TrimSuffix(line, []byte{'\r'}), nil
+}
+
+// errLongHead is in the words of net/http's own.
+var errLongHead = errors.New("server response headers exceeded the limit")
+
+// done reads what is left of the answer, as far as it is worth it, and keeps the connection for the next attempt
+// where it can be.
+func (ws *wires) done(w *wire, now, deadline time.Time) {
+	if !w.drained(now, deadline) || !w.keep || w.in.Buffered() > 0 {
+		w.close()
+		return
+	}
+	w.reused = true
+	ws.put(w)
+}
+
+// drained reads a small body to its end, within bodyTime. Nothing that happens here matters: the answer was its status.
+func (w *wire) drained(now, deadline time.Time) bool {
+	switch {
+	case !w.chunked && !w.endless && w.length <= int64(w.in.Buffered()):
+		_, err := w.in.Discard(int(w.length))
+		return err == nil
+	case w.length > maxBodyBytes:
+		return false
+	}
+	if soon := now.Add(bodyTime); soon.Before(deadline) {
+		deadline = soon
+	}
+	if w.SetDeadline(deadline) != nil || w.cutBy.Err() != nil {
+		return false
+	}
+	switch {
+	case w.chunked:
+		n, err := io.Copy(io.Discard, io.LimitReader(httputil.NewChunkedReader(w.in), maxBodyBytes+1))
+		if err != nil || n > maxBodyBytes {
+			return false
+		}
+		var end [2]byte // behind the last chunk; who sends trailers there has a new connection each time
+		_, err = io.ReadFull(w.in, end[:])
+		return err == nil && string(end[:]) == "\r\n"
+	case w.endless:
+		_, _ = io.CopyN(io.Discard, w.in, maxBodyBytes+1) // so that its writer does not meet a reset
+		return false
+	}
+	_, err := w.in.Discard(int(w.length))
+	return err == nil
+}
+
+// take takes the idle connection that was used last; nil where there is none.
+func (ws *wires) take(address string) *wire {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if stack := ws.idle[address]; len(stack) > 0 {
+		w := stack[len(stack)-1]
+		ws.remove(w)
+		return w
+	}
+	return nil
+}
+
+// remove takes a connection out of the idle ones. ws.mu is held.
+func (ws *wires) remove(w *wire) {
+	stack := ws.idle[w.address]
+	i := len(stack) - 1
+	for i >= 0 && stack[i] != w {
+		i--
+	}
+	copy(stack[i:], stack[i+1:])
+	stack[len(stack)-1] = nil
+	if stack = stack[:len(stack)-1]; len(stack) == 0 {
+		delete(ws.idle, w.address)
+	} else {
+		ws.idle[w.address] = stack
+	}
+	if w.prev != nil {
+		w.prev.next = w.next
+	} else {
+		ws.oldest = w.next
+	}
+	if w.next != nil {
+		w.next.prev = w.prev
+	} else {
+		ws.newest = w.prev
+	}
+	w.next, w.prev = nil, nil
+	ws.count--
+}
+
+// put keeps a connection, and closes the one that has been idle for longest where there are too many.
+func (ws *wires) put(w *wire) {
+	w.idleAt = time.Now()
+	var extra *wire
+	ws.mu.Lock()
+	switch stack := ws.idle[w.address]; {
+	case len(stack) >= maxIdlePerHost:
+		extra = stack[0]
+	case ws.count >= ws.maxIdle:
+		extra = ws.oldest
+	}
+	if extra != nil {
+		ws.remove(extra)
+	}
+	ws.idle[w.address] = append(ws.idle[w.address], w)
+	if w.prev = ws.newest; w.prev != nil {
+		w.prev.next = w
+	} else {
+		ws.oldest = w
+	}
+	ws.newest = w
+	ws.count++
+	if ws.timer == nil {
+		ws.timer = time.AfterFunc(idleConnTimeout, ws.expire)
+	}
+	ws.mu.Unlock()
+	if extra != nil {
+		extra.close()
+	}
+}
+
+// expire closes what has been idle for too long.
+func (ws *wires) expire() { ws.shut(time.Now().Add(-idleConnTimeout)) }
+
+// closeIdle closes all that is idle.
+func (ws *wires) closeIdle() { ws.shut(time.Time{}) }
+
+// shut closes what has been idle since before a time; zero is whatever is idle.
+func (ws *wires) shut(before time.Time) {
+	var old []*wire
+	ws.mu.Lock()
+	for w := ws.oldest; w != nil && (before.IsZero() || !w.idleAt.After(before)); w = ws.oldest {
+		ws.remove(w)
+		old = append(old, w)
+	}
+	switch {
+	case ws.oldest != nil && ws.timer != nil:
+		ws.timer.Reset(time.Until(ws.oldest.idleAt.Add(idleConnTimeout)))
+	case ws.timer != nil:
+		ws.timer.Stop()
+		ws.timer = nil
+	}
+	ws.mu.Unlock()
+	for _, w := range old {
+		w.close()
+	}
+}
+
+// plainHost tells whether a host can stand in a Host header as it is.
+func plainHost(host string) bool {
+	for i := range len(host) {
+		if host[i] <= ' ' || host[i] >= 0x7f || host[i] == '%' {
+			return false
+		}
+	}
+	return true
+}

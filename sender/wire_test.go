@@ -1,0 +1,326 @@
+package sender
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/walhook/walhook/outbox"
+	"github.com/walhook/walhook/sender/sendertest"
+)
+
+// wiresOf are those of the bundle's only transport.
+func (b *bundle) wiresOf() *wires {
+	require.Len(b.t, b.transports, 1)
+	for _, tr := range b.transports {
+		return tr.wires
+	}
+	return nil
+}
+
+// aged makes every idle wire one that has been idle for a time, and tells how many there are.
+func (ws *wires) aged(by time.Duration) (n int) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	for w := ws.oldest; w != nil; w = w.next {
+		w.idleAt = w.idleAt.Add(-by)
+		n++
+	}
+	return n
+}
+
+// A wire writes what net/http would, but for the order of the headers: Try goes by net/http.
+func TestAWireSendsTheSameRequestAsNetHTTP(t *testing.T) {
+	type seen struct {
+		line, body string
+		header     []string
+	}
+	requests := make(chan seen, 2)
+	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+		for {
+			var copied bytes.Buffer
+			r, body, err := take(bufio.NewReader(io.TeeReader(in, &copied)))
+			if err != nil {
+				return
+			}
+			head, _, _ := strings.Cut(copied.String(), "\r\n\r\n")
+			lines := strings.Split(head, "\r\n")
+			slices.Sort(lines[1:])
+			requests <- seen{fmt.Sprint(r.Method, " ", r.RequestURI, " ", r.Proto), body, slices.DeleteFunc(lines[1:], func(l string) bool {
+				return strings.HasPrefix(l, headerTimestamp) || strings.HasPrefix(l, headerSignature) // of the second they were made in
+			})}
+			_, _ = io.WriteString(conn, ok)
+		}
+	})
+	for name, change := range map[string]func(*outbox.Endpoint){
+		"standard":    signed,
+		"unsigned":    func(*outbox.Endpoint) {},
+		"path, query": func(e *outbox.Endpoint) { e.URL += "a%2Fb/ü?q=1&token=x%20y" },
+		"empty body":  func(e *outbox.Endpoint) { e.Format = outbox.FormatRaw; e.ID = "empty" },
+		"PUT":         func(e *outbox.Endpoint) { e.Transform.Method = http.MethodPut },
+		"empty DELETE": func(e *outbox.Endpoint) {
+			e.Transform.Method, e.Format, e.ID = http.MethodDelete, outbox.FormatRaw, "empty"
+		},
+		"headers": func(e *outbox.Endpoint) {
+			e.Headers = map[string]string{"X-Env": "prod", "idempotency-key": "k", "user-agent": "acme/9", "Authorization": "Bearer abc"}
+		},
+		"cloudevents-binary": cloudEventsBinary,
+		"nfeio":              plain("nfeio"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := setup(t, nil)
+			e, ev := endpoint(url, change), event()
+			if e.ID == "empty" {
+				ev.Data = nil
+			}
+			a := outbox.Attempt{Event: ev, Endpoint: e, Number: 3, Replay: true}
+			require.Equal(t, outbox.Delivered, b.Send(t.Context(), a).Verdict)
+			byWire := <-requests
+			require.Equal(t, 1, b.wiresOf().aged(0), "it went by a wire")
+			require.Equal(t, outbox.Delivered, b.Try(t.Context(), a).Outcome.Verdict)
+			require.Equal(t, <-requests, byWire)
+		})
+	}
+}
+
+func TestOverTLSAWireServesFromWhenTheHostHasSpokenHTTP11(t *testing.T) {
+	cert, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	for name, c := range map[string]struct {
+		http2 bool
+		wires int
+	}{"HTTP/1.1": {false, 1}, "HTTP/2": {true, 0}} {
+		t.Run(name, func(t *testing.T) {
+			rx := sendertest.New(t, sendertest.Config{TLS: cert, HTTP2: c.http2, Secrets: []string{hmacSecret}})
+			b := setup(t, nil)
+			e := endpoint(rx.URL(), signed, func(e *outbox.Endpoint) { e.TLS.CA = ca })
+			for range 3 {
+				require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+			}
+			require.Equal(t, c.wires, b.wiresOf().aged(0))
+			for _, r := range rx.Requests() {
+				require.NoError(t, r.Invalid)
+			}
+
+			// After a while it is asked again.
+			ws := b.wiresOf()
+			for address := range ws.http1 {
+				ws.learn(address, true, time.Now().Add(-2*protocolKnown))
+			}
+			require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+			require.Len(t, ws.http1, c.wires)
+			for _, seen := range ws.http1 {
+				require.WithinDuration(t, time.Now(), seen, patience)
+			}
+		})
+	}
+}
+
+// A host that has given up HTTP/1.1, or whose certificate is another one by now.
+func TestAWireOverTLSIsJudgedAtEachHandshake(t *testing.T) {
+	cert, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	rx := sendertest.New(t, sendertest.Config{TLS: cert})
+	b := setup(t, nil)
+	e := endpoint(rx.URL(), func(e *outbox.Endpoint) { e.TLS.CA = ca })
+	for range 2 {
+		require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+	}
+	rx.Refuse()
+	other, _, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	second := sendertest.New(t, sendertest.Config{TLS: other, Addr: e.URL[len("https://"):strings.LastIndexByte(e.URL, '/')]})
+	o := b.send(e)
+	require.Equal(t, outbox.ReasonTLS, o.Reason, o.Detail)
+	require.Zero(t, second.Count())
+}
+
+// What a receiver says unasked, as an end of its patience, is no answer to the next request.
+func TestWhatComesUnaskedIsNoAnswer(t *testing.T) {
+	for name, after := range map[string]string{
+		"408 and the end": "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+		"a 200":           ok,
+		"the end alone":   "",
+	} {
+		for _, together := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, " together=", together), func(t *testing.T) {
+				said := make(chan struct{}, 10)
+				var requests atomic.Int32
+				url := raw(t, func(n int, conn net.Conn, in *bufio.Reader) {
+					for {
+						if _, _, err := take(in); err != nil {
+							return
+						}
+						requests.Add(1)
+						switch {
+						case n > 1:
+							_, _ = io.WriteString(conn, "HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+							continue
+						case together:
+							_, _ = io.WriteString(conn, ok+after)
+						default:
+							_, _ = io.WriteString(conn, ok)
+							<-said // the attempt has ended
+							_, _ = io.WriteString(conn, after)
+						}
+						_ = conn.(*net.TCPConn).CloseWrite()
+						said <- struct{}{}
+						until(in)
+						return
+					}
+				})
+				b := setup(t, nil)
+				require.Equal(t, 200, b.send(endpoint(url)).Status)
+				if together {
+					<-said
+				} else {
+					said <- struct{}{}
+					<-said
+				}
+				b.wiresOf().aged(time.Minute / 2)
+				require.Equal(t, outbox.Outcome{Verdict: outbox.Delivered, Status: 201}, b.send(endpoint(url)))
+				require.EqualValues(t, 2, requests.Load())
+			})
+		}
+	}
+}
+
+func TestIdleWiresAreFewAndEnd(t *testing.T) {
+	ws := newWires(nil, new(tls.Config), 3)
+	far := make(map[*wire]net.Conn)
+	idle := func(address string) *wire {
+		near, other := net.Pipe()
+		w := &wire{Conn: near, address: address, reused: true}
+		far[w] = other
+		ws.put(w)
+		return w
+	}
+	closed := func(w *wire) bool {
+		_ = far[w].SetReadDeadline(time.Now().Add(time.Millisecond))
+		_, err := far[w].Read(make([]byte, 1))
+		return err == io.EOF
+	}
+	a, b, c := idle("a"), idle("b"), idle("a")
+	d := idle("c")
+	require.True(t, closed(a), "of too many the one that was used least lately")
+	require.Nil(t, ws.take("x"))
+	require.Same(t, c, ws.take("a"))
+	require.Nil(t, ws.take("a"))
+	ws.put(c)
+	require.Equal(t, 3, ws.aged(idleConnTimeout/2))
+	c = ws.take("a")
+	ws.put(c)
+	require.Equal(t, 3, ws.aged(idleConnTimeout/2+time.Second))
+	ws.expire()
+	require.True(t, closed(b) && closed(d))
+	require.False(t, closed(c))
+	ws.closeIdle()
+	require.True(t, closed(c))
+	require.Zero(t, ws.count)
+	require.Nil(t, ws.timer)
+	require.Empty(t, ws.idle)
+}
+
+// The end of a context cuts its attempt, and none of another context that has the same wire.
+func TestAContextCutsItsOwnAttemptsOnly(t *testing.T) {
+	hang := make(chan struct{})
+	arrived := make(chan struct{}, 10)
+	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+		for {
+			r, _, err := take(in)
+			if err != nil {
+				return
+			}
+			if arrived <- struct{}{}; r.Header.Get(headerAttempt) == "2" {
+				<-hang
+			}
+			_, _ = io.WriteString(conn, ok)
+		}
+	})
+	b := setup(t, nil)
+	e := endpoint(url)
+	first, end := context.WithCancel(t.Context())
+	require.Equal(t, outbox.Delivered, b.Send(first, outbox.Attempt{Event: event(), Endpoint: e, Number: 1}).Verdict)
+	end()
+	require.Equal(t, outbox.Cut, b.Send(first, outbox.Attempt{Event: event(), Endpoint: e, Number: 1}).Verdict)
+	require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+	<-arrived
+	<-arrived
+
+	second, cut := context.WithCancel(t.Context())
+	over := make(chan outbox.Outcome)
+	go func() { over <- b.Send(second, outbox.Attempt{Event: event(), Endpoint: e, Number: 2}) }()
+	<-arrived
+	cut()
+	require.Equal(t, outbox.Cut, (<-over).Verdict)
+	close(hang)
+	require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+}
+
+// canned is a connection with bytes to read.
+type canned struct {
+	net.Conn
+	in io.Reader
+}
+
+func (c canned) Read(p []byte) (int, error)     { return c.in.Read(p) }
+func (canned) SetDeadline(time.Time) error      { return nil }
+func (canned) Close() error                     { return nil }
+func (canned) SetReadDeadline(time.Time) error  { return nil }
+func (canned) SetWriteDeadline(time.Time) error { return nil }
+
+// Whatever an answer holds: where a wire takes it and keeps the connection, net/http reads the same from it,
+// to the same byte. So no receiver can have the answer to one request taken for that to another.
+func FuzzAnswer(f *testing.F) {
+	for _, s := range []string{
+		ok, "HTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\nx",
+		"HTTP/1.1 100 Continue\r\n\r\n" + ok, "HTTP/1.1 503 X\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: y\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+		"HTTP/1.1 200\r\ncontent-length: 2\r\ncontent-length:2\r\n\r\nhi", "HTTP/1.1 101 X\r\nUpgrade: x\r\n\r\n",
+		"HTTP/1.1 200 OK\nX: y\n z\nContent-Length: 0\n\n", "HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\nx", "HTTP/1.1 200 OK\r\nContent-Length: 0x1\r\n\r\nx",
+		"HTTP/1.1 200 OK\r\nContent-Length : 1\r\n\r\nx", "HTTP/1.1 200 OK\r\nX\x00: 1\r\nContent-Length: 0\r\n\r\n",
+	} {
+		f.Add([]byte(s + ok))
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, answers []byte) {
+		source := bytes.NewReader(answers)
+		w := &wire{Conn: canned{in: source}, cutBy: context.Background()}
+		w.in = bufio.NewReaderSize(w.Conn, wireBuffer)
+		got, err := w.receive()
+		if err != nil || !w.drained(time.Time{}, time.Time{}) || !w.keep {
+			return
+		}
+		left, err := io.ReadAll(w.in)
+		require.NoError(t, err)
+
+		in := bufio.NewReader(bytes.NewReader(answers))
+		var res *http.Response
+		for res == nil || res.StatusCode/100 == 1 && res.StatusCode != http.StatusSwitchingProtocols {
+			res, err = http.ReadResponse(in, &http.Request{Method: http.MethodPost})
+			require.NoError(t, err)
+		}
+		_, err = io.Copy(io.Discard, res.Body)
+		require.NoError(t, err)
+		want, err := io.ReadAll(in)
+		require.NoError(t, err)
+		require.Equal(t, res.StatusCode, got.status)
+		require.Equal(t, res.Header.Get("Retry-After"), got.retryAfter)
+		require.False(t, res.Close, "net/http would not keep it")
+		require.Equal(t, string(want), string(left))
+	})
+}
