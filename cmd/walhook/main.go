@@ -28,9 +28,11 @@ const (
 )
 
 func main() {
+	profiled := profile()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr)
 	stop()
+	profiled()
 	os.Exit(code)
 }
 
