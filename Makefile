@@ -17,7 +17,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench lint lint-full fmt chart chart-docs ci deps clean
+.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench microbench lint lint-full fmt chart chart-docs ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,7 +97,13 @@ fuzz: ## every fuzz target for FUZZTIME
 		done; \
 	done
 
-bench: ## all benchmarks (PKG=, TESTFLAGS=)
+# Minutes. Only ratios to the limits of the same run say something on a machine that does other things too.
+bench: build ## throughput, latency, memory against the limits of this machine (ARGS="--only 1,3 --scale 0.1 --json FILE --svg DIR --profile DIR")
+	@.ci/deps postgres
+	CGO_ENABLED=0 go build -trimpath -o bin/bench ./cmd/bench
+	bin/bench --walhook bin/walhook $(ARGS)
+
+microbench: ## all Go benchmarks of the packages (PKG=, TESTFLAGS=)
 	@.ci/deps postgres
 	go test -run '^$$' -bench . -benchmem $(TESTFLAGS) $(PKG)
 

@@ -25,15 +25,15 @@ var left = map[string][]string{
 
 // knownAlone tells which dependencies may be seen in one place only, tests aside.
 var knownAlone = map[string][]string{
-	"github.com/jackc/pglogrepl":      {"cdc"},
-	"github.com/jackc/pgx":            {"cdc", "cdc/pgtest", "outbox/store", "cmd/walhook"}, // the commands act for an app or a DBA
+	"github.com/jackc/pglogrepl":      {"cdc", "cmd/bench"},                                              // a limit
+	"github.com/jackc/pgx":            {"cdc", "cdc/pgtest", "outbox/store", "cmd/walhook", "cmd/bench"}, // the commands act for an app or a DBA
 	"github.com/sony/gobreaker":       {"sender"},
 	"cel.dev/cel-go":                  {"outbox/rule"},
 	"github.com/spf13/cobra":          {"cmd/walhook"},
 	"github.com/goccy/go-yaml":        {"cmd/walhook"},
 	"github.com/stretchr/testify":     {"outbox/outboxtest"},
 	"github.com/fergusstrange":        {"cdc/pgtest"},
-	"net/http":                        {"sender", "sender/sendertest", "cmd/walhook"},
+	"net/http":                        {"sender", "sender/sendertest", "cmd/walhook", "cmd/bench"},
 	"github.com/standard-webhooks":    {"sender/sendertest"},
 	"pgregory.net/rapid":              {"outbox/outboxtest"},
 	"code.dny.dev/ssrf":               {"sender"},
@@ -112,6 +112,19 @@ func TestWhatOnePackageKnowsAloneStaysThere(t *testing.T) {
 					require.Contains(t, where, dir, "%s imports %s", path, name)
 				}
 			}
+		}
+	})
+}
+
+// fasthttp measures net/http, and walhook is not to have two clients by the way.
+func TestWhatTheBenchMeasuresWithStaysThere(t *testing.T) {
+	t.Parallel()
+	eachFile(t, func(dir, path string, imports []string, _ bool) {
+		for _, name := range imports {
+			if dir != "cmd/bench" {
+				require.NotContains(t, name, "github.com/valyala/", path)
+			}
+			require.NotEqual(t, module+"cmd/bench", name, path)
 		}
 	})
 }

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// maxrssUnit is the unit of ru_maxrss in bytes.
+const maxrssUnit = 1 << 10
+
+// clockTick is the unit of times in /proc/PID/stat: USER_HZ, which is 100 on every Linux that Go knows.
+const clockTick = 10 * time.Millisecond
+
+// processUsage reads /proc.
+func processUsage(pid int) (u usage, known bool) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return u, false
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return u, false
+	}
+	var okCPU, okPeak bool
+	u.cpu, okCPU = cpuOfStat(string(stat))
+	u.peak, okPeak = peakOfStatus(string(status))
+	return u, okCPU && okPeak
+}
+
+// cpuOfStat is utime + stime, the 14th and 15th field; the second, the name, may hold anything.
+func cpuOfStat(stat string) (time.Duration, bool) {
+	i := strings.LastIndexByte(stat, ')')
+	if i < 0 {
+		return 0, false
+	}
+	fields := strings.Fields(stat[i+1:])
+	if len(fields) < 13 {
+		return 0, false
+	}
+	user, errUser := strconv.ParseInt(fields[11], 10, 64)
+	system, errSystem := strconv.ParseInt(fields[12], 10, 64)
+	return time.Duration(user+system) * clockTick, errUser == nil && errSystem == nil
+}
+
+// peakOfStatus is VmHWM in bytes.
+func peakOfStatus(status string) (int64, bool) {
+	for line := range strings.Lines(status) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
+			return kib << 10, err == nil
+		}
+	}
+	return 0, false
+}

@@ -1,0 +1,32 @@
+package main
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestUsageIsReadWhateverTheNameOfTheProgram(t *testing.T) {
+	t.Parallel()
+	cpu, ok := cpuOfStat("42 (a) b) S 1 42 42 0 -1 4194304 100 0 0 0 150 25 0 0 20 0 9 0 100 1000 10 18446744073709551615")
+	require.True(t, ok)
+	require.Equal(t, 1750*time.Millisecond, cpu)
+	_, ok = cpuOfStat("42 (a")
+	require.False(t, ok)
+	peak, ok := peakOfStatus("Name:\tx\nVmPeak:\t  9 kB\nVmHWM:\t   65536 kB\nVmRSS:\t 5 kB\n")
+	require.True(t, ok)
+	require.EqualValues(t, 64<<20, peak)
+	_, ok = peakOfStatus("Name:\tx\n")
+	require.False(t, ok)
+}
+
+func TestUsageOfAProcessThatRuns(t *testing.T) {
+	t.Parallel()
+	u, known := processUsage(os.Getpid())
+	require.True(t, known)
+	require.Greater(t, u.peak, int64(1<<20))
+	_, known = processUsage(-1)
+	require.False(t, known)
+}
