@@ -225,6 +225,9 @@ func (s *Stream) Run(ctx context.Context) error {
 		if f.State == Standby && s.streamed {
 			return ErrTaken
 		}
+		if f.State == Standby { // the server has said who holds the slot
+			s.touch(time.Now())
+		}
 		s.setStatus(f.State, f)
 		if !s.since.IsZero() && time.Since(s.since) > backoff {
 			backoff = minBackoff // it was worth its wait; the next failure is another one

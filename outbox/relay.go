@@ -110,6 +110,8 @@ type Relay struct {
 	aside  sync.WaitGroup            // endpoints being disabled or removed
 	paces  paces
 
+	unsaved atomic.Pointer[unsaved] // why the watermark cannot be written down; nil while it can
+
 	foreign bool // the registry is another slot's; the stream's goroutine alone looks
 
 	changing sync.Mutex             // one change of the endpoints at a time; guards the next two
@@ -462,8 +464,12 @@ type checkpointer struct {
 	proof cdc.LSN // behind the commit that saved it
 	first cdc.LSN // proof of the first: the WAL ended below when we took the slot
 	busy  bool    // there was more to save than our own writes; the next save takes up the tail
+}
 
-	failing bool // the last write failed, and the log says so
+// unsaved is a watermark that the slot cannot follow, because it is not written down.
+type unsaved struct {
+	since time.Time
+	err   error // of the latest write
 }
 
 // save writes the watermark where there is reason to; where all is set, also for less.
@@ -486,21 +492,29 @@ func (c *checkpointer) save(ctx context.Context, all bool) error {
 		return nil
 	}
 	busy := low.Position != c.saved.Position || low.LSN > c.proof+quietBytes
-	if !busy && !c.busy && !all {
+	failing := r.unsaved.Load()
+	if !busy && !c.busy && !all && failing == nil {
 		return nil
 	}
+	began := time.Now()
 	if err := c.write(ctx, low); err != nil {
 		if errors.Is(err, ErrFenced) {
 			return err
 		}
-		if ctx.Err() == nil && !c.failing {
-			c.failing = true
+		if ctx.Err() != nil {
+			return nil
+		}
+		now := &unsaved{since: began, err: err}
+		if failing != nil {
+			now.since = failing.since
+		} else {
 			r.log.Warn("the checkpoint cannot be written, the slot stays where it is", zap.Error(err))
 		}
+		r.unsaved.Store(now)
 		return nil
 	}
-	if c.failing {
-		c.failing = false
+	if failing != nil {
+		r.unsaved.Store(nil)
 		r.log.Info("the checkpoint can be written again")
 	}
 	c.busy = busy
@@ -1102,16 +1116,29 @@ func (r *Relay) Idle(at cdc.LSN) { r.ledger.Close(at) }
 // Buffer tells how many events, and bytes of them, are in memory.
 func (r *Relay) Buffer() (events, bytes int64) { return r.ledger.Held() }
 
-// Stuck is for how long the row at the watermark has been owed.
-func (r *Relay) Stuck() time.Duration {
+// Stuck is for how long the slot has been kept from moving: the row at the watermark has been owed
+// since then, or the watermark cannot be written down.
+func (r *Relay) Stuck() (stuck time.Duration) {
 	if oldest := r.ledger.Oldest(); !oldest.IsZero() {
-		return time.Since(oldest)
+		stuck = time.Since(oldest)
 	}
-	return 0
+	if u := r.unsaved.Load(); u != nil {
+		stuck = max(stuck, time.Since(u.since))
+	}
+	return stuck
 }
 
 // Low is the watermark.
 func (r *Relay) Low() Checkpoint { return r.ledger.Low() }
 
-// Fault is why nothing can be parked now; nil where nothing is known against it.
-func (r *Relay) Fault() error { return r.journal.err() }
+// Fault is why the schema walhook cannot be written now, and so the slot keeps its WAL; nil where
+// nothing is known against it.
+func (r *Relay) Fault() error {
+	if err := r.journal.err(); err != nil {
+		return fmt.Errorf("nothing can be parked: %w", err)
+	}
+	if u := r.unsaved.Load(); u != nil {
+		return fmt.Errorf("the checkpoint cannot be written, so the slot stays where it is: %w", u.err)
+	}
+	return nil
+}

@@ -351,6 +351,26 @@ func TestAFullBufferThatCannotBeParkedHoldsTheStream(t *testing.T) {
 	}, endpoint("a"))
 }
 
+// Everything is delivered, and the slot keeps its WAL all the same.
+func TestAWatermarkThatCannotBeWrittenDownIsStuck(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.answers("a", ok)
+		w.start()
+		w.commit(numbered(10, "1-%d:")...)
+		pass(time.Minute)
+		require.NoError(t, w.life.relay.Fault())
+		w.set(func() { w.savesFail = true })
+		w.commit(numbered(10, "2-%d:")...)
+		pass(time.Minute)
+		require.Error(t, w.life.relay.Fault())
+		require.InDelta(t, time.Minute, w.life.relay.Stuck(), float64(3*time.Second))
+		w.set(func() { w.savesFail = false })
+		pass(3 * time.Second)
+		require.NoError(t, w.life.relay.Fault())
+		require.Zero(t, w.life.relay.Stuck())
+	}, endpoint("a"))
+}
+
 // ---- endpoints
 
 // A reload and a 410 at the same time: neither undoes the other.

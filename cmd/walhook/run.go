@@ -149,7 +149,7 @@ func (s *sidecar) pipelines(ctx context.Context) error {
 		s.now = p
 		s.mu.Unlock()
 		err = p.run(ctx)
-		p.close()
+		p.ended(err)
 		if p.stream.Streamed() {
 			s.once = cdc.RecoverAsk // an order is for what the start finds
 		}
@@ -501,6 +501,18 @@ func (p *pipeline) setEndpoints(ctx context.Context, cfg *Config, eps []*outbox.
 	return p.relay.SetEndpoints(out)
 }
 
+// ended leaves what /readyz says until the next pipeline: nobody here holds the slot.
+func (p *pipeline) ended(why error) {
+	f := &cdc.Fault{State: cdc.Connecting, Reason: "stopped", Err: why}
+	if why != nil {
+		f.Reason = "starting again"
+	}
+	p.mu.Lock()
+	p.preparing = f
+	p.mu.Unlock()
+	p.close()
+}
+
 func (p *pipeline) close() {
 	p.client.Close()
 	p.store.Close()
@@ -522,7 +534,7 @@ func (p *pipeline) export() {
 	gauge("walhook_watermark_lag_bytes", "WAL received that is not settled. Worry when it only grows.", func() float64 {
 		return float64(p.lag())
 	})
-	gauge("walhook_watermark_stuck_seconds", "For how long the oldest row that is not settled has been owed. Worry when it stays above buffer.spill_after: nothing can be parked, and the slot keeps WAL.", func() float64 {
+	gauge("walhook_watermark_stuck_seconds", "For how long the slot has been kept from moving: since then the oldest row is owed, or the checkpoint cannot be written. Worry when it stays above buffer.spill_after: the schema walhook cannot be written, and the slot keeps WAL.", func() float64 {
 		return p.relay.Stuck().Seconds()
 	})
 	gauge("walhook_clock_ahead_seconds", "How far the server's clock is ahead of this machine's, looked at every 30 s. Worry beyond 30 s either way: receivers refuse timestamps that are 5 minutes off.", func() float64 {

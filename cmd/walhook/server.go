@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -105,13 +106,14 @@ func (s *sidecar) health() health {
 	}
 	switch st.State {
 	case cdc.Standby:
-		h.ready = true
+		silent := standsAlone(st)
+		h.ready, h.Reason = silent == "", cmp.Or(silent, h.Reason)
 	case cdc.Streaming:
 		switch stuck := p.relay.Stuck(); {
 		case time.Since(st.Heard) > silentAfter:
 			h.Reason = "Postgres is silent"
 		case p.relay.Fault() != nil:
-			h.Reason = "nothing can be parked: " + p.relay.Fault().Error()
+			h.Reason = p.relay.Fault().Error()
 		case st.Survey != nil && st.Survey.Clock.Abs() > clockOffAfter+st.Survey.Blur:
 			h.Reason = st.Survey.ClockOff() + ": receivers refuse what is 5 minutes off"
 		case stuck > stuckAfter:
@@ -121,4 +123,13 @@ func (s *sidecar) health() health {
 		}
 	}
 	return h
+}
+
+// standsAlone says why a standby may be standing by for nobody. It asks every second; an answer that
+// does not come may be the end of the holder, too.
+func standsAlone(st cdc.Status) (reason string) {
+	if silent := time.Since(st.Heard); silent > silentAfter {
+		return fmt.Sprintf("Postgres has not said for %s whether the slot is held", silent.Round(time.Second))
+	}
+	return ""
 }

@@ -62,7 +62,7 @@ that walhook has.
     summary: >-
       The watermark has not moved for more than a minute.
     description: >-
-      A delivery can neither be sent nor parked, so the slot keeps all WAL from there. The schema walhook cannot be written: the database is read-only, its disk is full, a lock is held, or a right is missing. /readyz and the log say which.
+      A delivery can neither be sent nor parked, or the checkpoint cannot be written, so the slot keeps all WAL from there. The schema walhook cannot be written: the database is read-only, its disk is full, a lock is held, or a right is missing. /readyz and the log say which.
 - alert: WalhookRetainedWALShare
   expr: |-
     max by (namespace, job) (walhook_slot_retained_bytes{{ $all }})
