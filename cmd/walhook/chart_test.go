@@ -3,8 +3,10 @@ package main
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +38,9 @@ type schemaNode struct {
 	Items                *schemaNode            `json:"items"`
 	AnyOf                []*schemaNode          `json:"anyOf"`
 	Enum                 []any                  `json:"enum"`
+	Minimum              *float64               `json:"minimum"`
+	Maximum              *float64               `json:"maximum"`
+	Pattern              string                 `json:"pattern"`
 	Defs                 map[string]*schemaNode `json:"$defs"`
 }
 
@@ -65,6 +70,7 @@ func (s valuesSchema) sections(n *schemaNode, path string, found map[string][]st
 			found[path] = append(found[path], fmt.Sprint(word))
 		}
 		slices.Sort(found[path])
+		found[path] = slices.Compact(found[path]) // one section may be allowed in two ways
 	}
 	if n.Properties == nil {
 		return
@@ -133,6 +139,138 @@ func TestTheChartKnowsTheKeysOfTheConfiguration(t *testing.T) {
 	require.Equal(t, got, want, "the program's keys, and those of values.schema.json under config")
 }
 
+// leaves calls visit with every place of the configuration that bounds or forms a single value, as the
+// keys that lead there; a list is the key "0".
+func (s valuesSchema) leaves(n *schemaNode, path []string, visit func(path []string, n *schemaNode)) {
+	if name, isRef := strings.CutPrefix(n.Ref, "#/$defs/"); isRef {
+		n = s.root.Defs[name]
+	}
+	if n.Minimum != nil || n.Pattern != "" {
+		visit(slices.Clone(path), n)
+	}
+	for _, one := range n.AnyOf {
+		s.leaves(one, path, visit)
+	}
+	if n.Items != nil {
+		s.leaves(n.Items, append(path, "0"), visit)
+	}
+	for key, child := range n.Properties {
+		s.leaves(child, append(path, key), visit)
+	}
+}
+
+// complaints are what the program says of a value at a place of an otherwise sound configuration.
+func complaints(t *testing.T, path []string, v any) (all []string) {
+	t.Helper()
+	config := map[string]any{
+		"database": map[string]any{"url": "postgres://db/shop"}, "outbox": []any{map[string]any{"table": "outbox"}},
+		"endpoints": []any{map[string]any{"url": "https://a.example.com"}},
+	}
+	place := ""
+	for i := len(path) - 1; i >= 0; i-- {
+		if path[i] == "0" {
+			v, place = []any{v}, "[0]"+place
+		} else {
+			v, place = map[string]any{path[i]: v}, "."+path[i]+place
+		}
+	}
+	for key, made := range v.(map[string]any) {
+		if key == "endpoints" && path[len(path)-1] != "url" {
+			made.([]any)[0].(map[string]any)["url"] = "https://a.example.com"
+		}
+		config[key] = made
+	}
+	text, err := yaml.Marshal(config)
+	require.NoError(t, err)
+	_, err = load(string(text), noEnv)
+	var cerr *ConfigError
+	if errors.As(err, &cerr) {
+		for _, p := range cerr.Problems {
+			if p.Key == strings.TrimPrefix(place, ".") {
+				all = append(all, p.Text)
+			}
+		}
+	}
+	return all
+}
+
+// A number that the schema lets through and the program does not would end in a crash loop; the other way
+// round it could not be set.
+func TestTheChartBoundsNumbersAsTheProgramDoes(t *testing.T) {
+	s := readSchema(t)
+	tried := 0
+	s.leaves(s.root.Defs["config"], nil, func(path []string, n *schemaNode) {
+		if n.Minimum == nil || path[len(path)-1] == "min_version" {
+			return
+		}
+		tried++
+		low, high := *n.Minimum, *n.Maximum
+		step := 1.0
+		if low != math.Trunc(low) || high == 1 {
+			step = 0.001
+		}
+		for _, x := range []float64{low, high} {
+			said := slices.DeleteFunc(complaints(t, path, asWritten(x)), func(text string) bool { return strings.Contains(text, "more than max_payload") }) // which is another value
+			require.Empty(t, said, "%s: %v", path, x)
+		}
+		if high == 0 { // 0 is never
+			return
+		}
+		for _, x := range []float64{low - step, high + step} {
+			require.NotEmpty(t, complaints(t, path, asWritten(x)), "%s: %v", path, x)
+		}
+	})
+	require.Greater(t, tried, 20)
+}
+
+// asWritten is x as people write it.
+func asWritten(x float64) any {
+	if x == math.Trunc(x) {
+		return int64(x)
+	}
+	return x
+}
+
+func TestTheChartFormsValuesAsTheProgramDoes(t *testing.T) {
+	s := readSchema(t)
+	// Each is right in some places and wrong in others, and nowhere right and out of range.
+	samples := []string{
+		"15s", "500ms", "1d", "1d12h", "12h1d", "1.5h", "15", "s", "fast", "1 h", "64MiB", "1.5 MB", "2mib", "64 megs", "2M", "5/s", "100/m", "5/day", "5 per second",
+		"shop", "Shop", "sh.op", "shop hook", "shöp", "10.0.0.0/8", "fd00::/8", "10.0.0.1", "10.0.0.0/8/8", "true", "yes", "1.2", "1.4", "https://a.example.com", "ftp://a",
+		":9090", "0.0.0.0:9090", "9090", "github", "gitlab",
+	}
+	for _, key := range []string{"timeout", "max_payload", "rate_limit", "slot", "allow", "create", "min_version", "url", "id", "listen", "signing"} {
+		found := false
+		s.leaves(s.root.Defs["config"], nil, func(path []string, n *schemaNode) {
+			last := path[len(path)-1]
+			if last == "0" {
+				last = path[len(path)-2]
+			}
+			if n.Pattern == "" || last != key || len(path) > 1 && path[0] == "outbox" || path[0] == "database" {
+				return
+			}
+			found = true
+			form := regexp.MustCompile(n.Pattern)
+			for _, sample := range samples {
+				if numeric := regexp.MustCompile(`^[0-9.]+$`).MatchString(sample); numeric && (key == "timeout" || key == "max_payload") {
+					continue // a size without a unit is bytes, and may be out of range
+				}
+				said := complaints(t, path, sample)
+				said = slices.DeleteFunc(said, func(text string) bool {
+					return strings.Contains(text, "out of range") || strings.Contains(text, "secret")
+				})
+				require.Equal(t, len(said) == 0, form.MatchString(sample), "%s: %q; the program says %q", path, sample, said)
+			}
+		})
+		require.True(t, found, key)
+	}
+}
+
+// asKubernetes are values that are what Kubernetes has there: its keys are not values.yaml's to list.
+var asKubernetes = []string{
+	"imagePullSecrets", "secrets", "extraEnv", "extraEnvFrom", "extraVolumeMounts", "resources", "startupProbe", "livenessProbe", "readinessProbe", "tolerations", "hostAliases",
+}
+
 // A value that is not in values.yaml is in no documentation; one that is not in the schema cannot be set.
 func TestTheChartsValuesAndTheirSchemaAgree(t *testing.T) {
 	s := readSchema(t)
@@ -141,8 +279,8 @@ func TestTheChartsValuesAndTheirSchemaAgree(t *testing.T) {
 	var values map[string]any
 	require.NoError(t, yaml.Unmarshal(readChart(t, "values.yaml"), &values))
 	for path, keys := range want {
-		if section := s.at(path); section.Properties == nil || path == "config" || strings.HasPrefix(path, "config.") || slices.Contains([]string{"imagePullSecrets", "secrets"}, path) {
-			continue // lists, and what the test above is about
+		if first, _, _ := strings.Cut(path, "."); first == "config" || slices.Contains(asKubernetes, first) || s.at(path).Properties == nil {
+			continue // the first is what the tests above are about
 		}
 		section := values
 		for key := range strings.SplitSeq(path, ".") {
@@ -151,9 +289,6 @@ func TestTheChartsValuesAndTheirSchemaAgree(t *testing.T) {
 			}
 		}
 		have := slices.Sorted(maps.Keys(section))
-		if path == "resources" {
-			keys = have // claims are rare
-		}
 		require.Equal(t, keys, have, "values.yaml, under %q", path)
 	}
 	strict(t, s.root, "values")

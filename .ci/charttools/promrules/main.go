@@ -1,6 +1,7 @@
 // Command promrules is what promtool does to a rule file and to the expressions of a dashboard: it reads
 // a PrometheusRule, or a Grafana dashboard, as YAML or JSON on its standard input and fails where Prometheus would
-// not take a rule or parse an expression.
+// not take a rule or parse an expression. A file in the form of `promtool test rules` as its argument is tried out
+// on the rules.
 package main
 
 import (
@@ -19,7 +20,7 @@ import (
 )
 
 func main() {
-	said, err := judge(os.Stdin)
+	said, err := judge(os.Stdin, os.Args[1:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "promrules:", err)
 		os.Exit(1)
@@ -27,7 +28,7 @@ func main() {
 	fmt.Println(said)
 }
 
-func judge(r io.Reader) (string, error) {
+func judge(r io.Reader, tests []string) (string, error) {
 	src, err := io.ReadAll(r)
 	if err != nil {
 		return "", err
@@ -51,7 +52,15 @@ func judge(r io.Reader) (string, error) {
 		for _, g := range groups.Groups {
 			n += len(g.Rules)
 		}
-		return fmt.Sprintf("%d rules", n), nil
+		said := fmt.Sprintf("%d rules", n)
+		for _, file := range tests {
+			tried, err := tryOut(doc.Spec, file)
+			if err != nil {
+				return "", err
+			}
+			said += ", " + tried
+		}
+		return said, nil
 	case len(doc.Panels) > 0:
 		var all any
 		if err := yaml.Unmarshal(src, &all); err != nil {

@@ -123,6 +123,17 @@ that walhook has.
       {{`{{ $value }}`}} deliveries wait for endpoint {{`{{ $labels.endpoint }}`}}, and they become more.
     description: >-
       The endpoint is slower than events come, or fails. Compare walhook_attempts_total by code: where answers are 2xx, raise concurrency or rate_limit, or use batch; where not, see WalhookBreakerOpen.
+- alert: WalhookOldestParked
+  expr: |-
+    max by (namespace, job, endpoint) (walhook_oldest_parked_seconds{{ $all }}) > {{ $t.oldestParkedSeconds }}
+  for: 5m
+  labels:
+    severity: warning
+  annotations:
+    summary: >-
+      A delivery has been parked for endpoint {{`{{ $labels.endpoint }}`}} for {{`{{ $value | humanizeDuration }}`}}.
+    description: >-
+      Its receiver is that late. Where the breaker is open, see WalhookBreakerOpen; where it is closed, the endpoint is slower than events come, or refuses this one event: `walhook deliveries list --endpoint ID` has its last answer and its next attempt.
 - alert: WalhookDeadDeliveries
   expr: |-
     sum by (namespace, job, endpoint) (increase(walhook_deliveries_total{outcome="dead", {{ $only }}}[1h])) > 0
@@ -148,6 +159,8 @@ that walhook has.
 - alert: WalhookDeliverySlow
   expr: |-
     histogram_quantile(0.9, sum by (namespace, job, le) (rate(walhook_commit_to_delivery_seconds_bucket{{ $all }}[10m]))) > {{ $t.deliverySeconds }}
+    or
+    histogram_quantile(0.9, sum by (namespace, job) (rate(walhook_commit_to_delivery_seconds{{ $all }}[10m]))) > {{ $t.deliverySeconds }}
   for: 15m
   labels:
     severity: warning

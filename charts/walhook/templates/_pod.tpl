@@ -2,6 +2,8 @@
 {{- define "walhook.base" -}}
 image: {{ include "walhook.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
+# A mistake that ends it is told by kubectl describe pod.
+terminationMessagePolicy: FallbackToLogsOnError
 env:
   - name: WALHOOK_CONFIG
     value: /etc/walhook/{{ if .Values.existingConfigMap }}{{ .Values.existingConfigMapKey }}{{ else }}walhook.yaml{{ end }}
