@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -489,44 +488,6 @@ func TestNearestKeyIsSuggested(t *testing.T) {
 		got := strings.TrimSuffix(strings.TrimPrefix(didYouMean(name, known), ", did you mean "), "?")
 		require.Equal(t, want, got, name)
 	}
-}
-
-// The reference is read by people who have no other: a key that is not there does not exist.
-func TestEveryKeyIsInTheReference(t *testing.T) {
-	page, err := os.ReadFile(filepath.Join("..", "..", "docs", "configuration.md"))
-	require.NoError(t, err)
-	_, err = load(`
-nonesuch: 1
-database: {nonesuch: 1, url: host=h}
-cdc: {nonesuch: 1}
-outbox: [{table: t, nonesuch: 1, columns: {nonesuch: 1}}]
-defaults: {nonesuch: 1}
-endpoints: [{nonesuch: 1, signing: {nonesuch: 1}, retry: {nonesuch: 1}, breaker: {nonesuch: 1}, batch: {nonesuch: 1}, rate_limit: {nonesuch: 1}, network: {nonesuch: 1}, tls: {nonesuch: 1},
-  auth: {nonesuch: 1, basic: {nonesuch: 1}, oauth2: {nonesuch: 1}, mtls: {nonesuch: 1}}}]
-buffer: {nonesuch: 1}
-server: {nonesuch: 1}
-metrics: {nonesuch: 1}
-log: {nonesuch: 1}
-`, noEnv)
-	var cerr *ConfigError
-	require.ErrorAs(t, err, &cerr)
-	index := regexp.MustCompile(`\[\d+\]`)
-	sections := 0
-	for _, p := range cerr.Problems {
-		section, found := strings.CutSuffix(p.Key, "nonesuch")
-		if !found || section == "defaults." {
-			continue
-		}
-		sections++
-		section = strings.TrimPrefix(index.ReplaceAllString(section, "[]"), "endpoints[].")
-		for key := range strings.SplitSeq(p.Allowed, ", ") {
-			if slices.Contains([]string{"database", "cdc", "outbox", "buffer", "server", "metrics", "log", "retry", "breaker", "batch", "rate_limit", "network", "tls", "columns", "auth", "basic", "oauth2", "mtls"}, key) {
-				continue // a section, whose keys are looked for
-			}
-			require.True(t, strings.Contains(string(page), "`"+section+key+"`"), "docs/configuration.md has no `%s`", section+key)
-		}
-	}
-	require.Equal(t, 21, sections)
 }
 
 // What people copy from the pages must be taken as it is.
