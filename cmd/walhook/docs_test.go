@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/walhook/walhook/cdc/pgtest"
+	"github.com/walhook/walhook/sender/sendertest"
 )
 
 // pages are all that people read, by their path from the root.
@@ -149,6 +150,8 @@ func TestEveryCommandOfThePagesExists(t *testing.T) {
 	require.Greater(t, seen, 40)
 }
 
+var sqlComment = regexp.MustCompile(`(?m)--.*$`)
+
 // fenced are the blocks of a page in a language.
 func fenced(page, language string) (all []string) {
 	for _, m := range regexp.MustCompile("(?s)```"+language+"\n(.*?)```").FindAllStringSubmatch(page, -1) {
@@ -218,4 +221,66 @@ func TestRepeatsAreDroppedAsTheDocsSay(t *testing.T) {
 	tag, err := first.Exec(ctx, statement("delete from webhooks_seen"))
 	require.NoError(t, err)
 	require.Zero(t, tag.RowsAffected())
+}
+
+// The statements of the pages are ones that Postgres takes, with the tables that are there.
+func TestEveryStatementOfThePagesIsSQL(t *testing.T) {
+	t.Parallel()
+	c := newCounter(t)
+	conn := c.conn()
+	c.exec("drop table outbox")
+	all := pages(t)
+	for _, page := range []string{"README.md", "docs/receiving.md"} { // their tables first
+		for _, block := range fenced(all[page], "sql") {
+			if strings.HasPrefix(block, "create table") {
+				c.exec(block)
+			}
+		}
+	}
+	seen := 0
+	for name, page := range all {
+		for _, block := range fenced(page, "sql") {
+			for statement := range strings.SplitSeq(sqlComment.ReplaceAllString(block, ""), ";") {
+				if strings.TrimSpace(statement) == "" || strings.Contains(statement, "(...)") {
+					continue
+				}
+				_, err := conn.Prepare(t.Context(), "", statement)
+				require.NoError(t, err, "%s:\n%s", name, statement)
+				seen++
+			}
+		}
+	}
+	require.Greater(t, seen, 20)
+}
+
+// docs/operating.md, Moving: under its new name the slot goes on where the old one stood.
+func TestTheSlotIsRenamedAsTheDocsSay(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	rx := sendertest.New(t, sendertest.Config{Secrets: []string{testSecret}})
+	path := b.config(endpoint("billing", rx, ""))
+	p := start(t, path).streaming()
+	b.produce(2, 100, 5)
+	requireAll(t, rx, 200)
+	p.stop()
+	b.produce(2, 50, 5)
+
+	var sql string
+	for _, block := range fenced(pages(t)["docs/operating.md"], "sql") {
+		if strings.Contains(block, "pg_copy_logical_replication_slot") {
+			sql = strings.NewReplacer("'walhook'", "'"+b.slot+"'", "'walhook_2'", "'"+b.slot+"_2'").Replace(block)
+		}
+	}
+	for statement := range strings.SplitSeq(strings.TrimSpace(sql), ";\n") {
+		b.exec(statement)
+	}
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, []byte(strings.Replace(string(text), "slot: "+b.slot, "slot: "+b.slot+"_2", 1)), 0o600))
+	p = start(t, path).streaming()
+	b.produce(2, 50, 5)
+	requireAll(t, rx, 400)
+	require.Zero(t, repeats(rx))
+	require.Zero(t, b.ask("select count(*) from pg_replication_slots where slot_name = '"+b.slot+"'"))
+	p.stop()
 }
