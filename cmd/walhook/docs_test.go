@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -283,4 +284,36 @@ func TestTheSlotIsRenamedAsTheDocsSay(t *testing.T) {
 	require.Zero(t, repeats(rx))
 	require.Zero(t, b.ask("select count(*) from pg_replication_slots where slot_name = '"+b.slot+"'"))
 	p.stop()
+}
+
+var indentedBlock = regexp.MustCompile(`(?m)(?:^ {4}.*\n|^\n)*^ {4}.*\n`)
+
+// codeOf are a page's blocks of code, fenced and indented.
+func codeOf(page string) (all []string) {
+	for _, block := range append(fencedBlock.FindAllString(page, -1), indentedBlock.FindAllString(fencedBlock.ReplaceAllString(page, ""), -1)...) {
+		all = append(all, strings.TrimSpace(block))
+	}
+	return all
+}
+
+// Who reads Portuguese is given the same configuration, SQL and commands.
+func TestThePortuguesePageHasTheSameCode(t *testing.T) {
+	t.Parallel()
+	all := pages(t)
+	english, portuguese := codeOf(all["README.md"]), codeOf(all["README.pt-BR.md"])
+	require.Greater(t, len(english), 7)
+	for _, block := range english {
+		require.Contains(t, portuguese, block)
+	}
+	example, err := os.ReadFile(filepath.Join("..", "..", "docs", "examples", "nfeio.yaml"))
+	require.NoError(t, err)
+	head, config, _ := strings.Cut(string(example), "\ndatabase:")
+	comment := strings.ReplaceAll(head, "\n#   ", "\n")
+	for _, block := range portuguese {
+		if slices.Contains(english, block) {
+			continue
+		}
+		code := strings.TrimSpace(strings.TrimSuffix(block[strings.Index(block, "\n"):], "```"))
+		require.True(t, strings.TrimSpace("database:"+config) == code || strings.Contains(comment, code), block)
+	}
 }
