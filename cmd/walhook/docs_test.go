@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io/fs"
 	"net/url"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/walhook/walhook/cdc/pgtest"
+	"github.com/walhook/walhook/outbox"
 	"github.com/walhook/walhook/sender/sendertest"
 )
 
@@ -315,5 +317,23 @@ func TestThePortuguesePageHasTheSameCode(t *testing.T) {
 		}
 		code := strings.TrimSpace(strings.TrimSuffix(block[strings.Index(block, "\n"):], "```"))
 		require.True(t, strings.TrimSpace("database:"+config) == code || strings.Contains(comment, code), block)
+	}
+}
+
+// The formulas of docs/sizing.md have the code's numbers in them.
+func TestSizingKnowsTheLimitsOfTheCode(t *testing.T) {
+	t.Parallel()
+	page := pages(t)["docs/sizing.md"]
+	c := defaultConfig()
+	for _, says := range []string{
+		fmt.Sprintf("attempts at once  ≤  (limit of open files − %d) ÷ %d\n", ownDescriptors, descriptorsPerAttempt),
+		fmt.Sprintf("sensible limit    =  %d × min(sum of concurrency, max(%d, endpoints)) + %d\n", descriptorsPerAttempt, enoughAttempts, ownDescriptors),
+		fmt.Sprintf("up to %d idle ones", mostIdle),
+		fmt.Sprintf("and %d bytes for itself", (&outbox.Event{}).Size()),
+		fmt.Sprintf("`buffer.bytes` (%s)", formatSize(c.Buffer.Bytes)),
+		fmt.Sprintf("spill_after %s", formatDuration(c.Buffer.SpillAfter)),
+		fmt.Sprintf("%d ÷ 0.1 s = %d/s", c.Defaults.Concurrency, c.Defaults.Concurrency*10),
+	} {
+		require.Contains(t, page, says)
 	}
 }
