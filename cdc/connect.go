@@ -123,6 +123,23 @@ func takeBytes(ctx context.Context, conn *pgconn.PgConn) error {
 	return err
 }
 
+// connectPooled opens an ordinary connection with nothing that a pooler would refuse, as the store does.
+func (cfg *Config) connectPooled(ctx context.Context) (*pgx.Conn, error) {
+	c, err := cfg.parse()
+	if err != nil {
+		return nil, err
+	}
+	for name := range pinned {
+		switch name {
+		case "timezone", "datestyle", "client_encoding":
+		default:
+			delete(c.RuntimeParams, name)
+		}
+	}
+	c.DefaultQueryExecMode = pgx.QueryExecModeExec // no statement that another session would have
+	return pgx.ConnectConfig(ctx, c)
+}
+
 func closeSQL(conn *pgx.Conn) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -155,13 +172,20 @@ func ReadURL(url string) (Address, error) {
 
 // connectFault is FaultOf for people who set up a connection: it says which part of the URL or
 // of the server is to blame.
-func connectFault(err error) *Fault {
+func connectFault(err error) *Fault { return Provider("").connectFault(err) }
+
+// connectFault is that with the provider's advice. One that is not known is told by the name of its host.
+func (p Provider) connectFault(err error) *Fault {
 	f := FaultOf(err)
 	var connect *pgconn.ConnectError
 	if !errors.As(err, &connect) {
 		return f
 	}
 	c := connect.Config
+	route := Route{Host: c.Host, Port: c.Port, User: c.User}
+	if p == "" {
+		p = route.provider()
+	}
 	where := net.JoinHostPort(c.Host, strconv.Itoa(int(c.Port)))
 	if strings.HasPrefix(c.Host, "/") {
 		where = c.Host
@@ -171,9 +195,17 @@ func connectFault(err error) *Fault {
 	}
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
+		pooler, sure := route.pooler()
 		switch {
+		case refusedByPooler(pg), sure && pg.Code != "28P01" && pg.Code != "28000" && pg.Code != "3D000":
+			f := because(p.direct(route), "at %s stands %s, which does not let a stream through", where, pooler)
+			f.Err = errors.New(pg.Message)
+			return f
 		case pg.Code == "28P01":
 			return because("correct the password in database.url, or: alter role "+quoteName(c.User)+" password '…'", "Postgres at %s refuses the password of role %s", where, c.User)
+		case pg.Code == "28000" && strings.Contains(pg.Message, "pg_hba.conf") && p.Managed():
+			return because("where it says \"no encryption\", sslmode=require in database.url; else correct user and database there (pg_hba.conf is the provider's)",
+				"Postgres at %s does not let us in: %s", where, pg.Message)
 		case pg.Code == "28000" && strings.Contains(pg.Message, "pg_hba.conf"):
 			return because("add to pg_hba.conf: host "+quoteName(c.Database)+" "+quoteName(c.User)+" <address of walhook> scram-sha-256, then select pg_reload_conf(); where it says \"no encryption\", sslmode=require in database.url may be enough",
 				"Postgres at %s does not let us in: %s", where, pg.Message)

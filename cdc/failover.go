@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,12 +38,15 @@ type StandbyHost struct {
 	SlotSync bool  // sync_replication_slots
 	Feedback bool  // hot_standby_feedback
 	Physical string
+	Conninfo string // primary_conninfo; empty where the role may not see it
+	Database string
 	Slot     *Slot // its copy of ours
 }
 
 const standbySQL = `
 select current_setting('sync_replication_slots', true) = 'on', current_setting('hot_standby_feedback') = 'on',
-       coalesce(current_setting('primary_slot_name', true), '')`
+       coalesce(current_setting('primary_slot_name', true), ''),
+       coalesce((select setting from pg_settings where name = 'primary_conninfo'), ''), current_database()`
 
 // lookAtStandbys asks the hosts of the URL that are in recovery.
 func (cfg *Config) lookAtStandbys(ctx context.Context) []StandbyHost {
@@ -94,7 +98,7 @@ func lookAtStandby(ctx context.Context, c *pgx.ConnConfig, slot string) *Standby
 		return nil
 	}
 	var on *bool
-	if st.Reached = conn.QueryRow(ctx, standbySQL).Scan(&on, &st.Feedback, &st.Physical); st.Reached != nil {
+	if st.Reached = conn.QueryRow(ctx, standbySQL).Scan(&on, &st.Feedback, &st.Physical, &st.Conninfo, &st.Database); st.Reached != nil {
 		return st
 	}
 	st.SlotSync = on != nil && *on
@@ -103,16 +107,18 @@ func lookAtStandby(ctx context.Context, c *pgx.ConnConfig, slot string) *Standby
 }
 
 // ready tells whether the stream would go on after the standby's promotion, and else why not.
-func (st *StandbyHost) ready() (bool, string) {
+func (st *StandbyHost) ready(p Provider) (bool, string) {
 	switch {
 	case st.Reached != nil:
 		return false, "it cannot be asked: " + st.Reached.Error()
 	case !st.SlotSync:
-		return false, "there: alter system set sync_replication_slots = on (with hot_standby_feedback = on, primary_slot_name, and a dbname in primary_conninfo)"
+		return false, p.standby(slotSyncParameter()) + " (with hot_standby_feedback, primary_slot_name, and a dbname in primary_conninfo)"
 	case !st.Feedback:
-		return false, "there: alter system set hot_standby_feedback = on"
+		return false, p.standby(feedbackParameter())
 	case st.Physical == "":
-		return false, "there: alter system set primary_slot_name to a physical slot of the primary"
+		return false, p.standby(parameter{name: "primary_slot_name", value: "'<a physical slot of the primary>'", number: "<a physical slot of the primary>"})
+	case st.Conninfo != "" && !namesDatabase(st.Conninfo):
+		return false, p.standby(parameter{name: "primary_conninfo", value: "'<as it is> dbname=" + st.Database + "'", number: "<as it is> dbname=" + st.Database})
 	case st.Slot == nil:
 		return false, "the slot has not come there yet; it does within seconds where primary_conninfo names a dbname"
 	case !st.Slot.usable():
@@ -121,6 +127,16 @@ func (st *StandbyHost) ready() (bool, string) {
 		return false, "its copy of the slot is not lasting yet: it becomes so when walhook has confirmed something newer"
 	}
 	return true, ""
+}
+
+var (
+	quotedValue = regexp.MustCompile(`'(\\.|[^'\\])*'`)
+	namedDB     = regexp.MustCompile(`(^|\s)dbname\s*=\s*\S`)
+)
+
+// namesDatabase tells whether a connection string, whose values may hold anything, has a dbname.
+func namesDatabase(conninfo string) bool {
+	return strings.Contains(conninfo, "://") || namedDB.MatchString(quotedValue.ReplaceAllString(conninfo, "v"))
 }
 
 // waitable are the physical slots to be named in synchronized_standby_slots. One that nobody uses, as a
@@ -143,7 +159,7 @@ func (a *Around) waitable() []string {
 
 // judgeFailover tells what a failover would cost.
 func (s *Survey) judgeFailover(cfg *Config, ok func(string, string, ...any), warn func(string, string, string)) {
-	a := s.Around
+	a, p := s.Around, s.advise(cfg)
 	if len(a.Physical) == 0 && len(a.Standbys) == 0 {
 		return // no standby in sight
 	}
@@ -154,7 +170,7 @@ func (s *Survey) judgeFailover(cfg *Config, ok func(string, string, ...any), war
 	}
 	for i := range a.Standbys {
 		st := &a.Standbys[i]
-		if ready, why := st.ready(); ready {
+		if ready, why := st.ready(p); ready {
 			ok("failover", "standby %s is ready to take slot %s over", st.Host, cfg.Slot)
 		} else {
 			warn("failover", "standby "+st.Host+" is not ready to take slot "+cfg.Slot+" over", why)
@@ -164,7 +180,7 @@ func (s *Survey) judgeFailover(cfg *Config, ok func(string, string, ...any), war
 		warn("failover", "slot "+s.Slot.Name+" is not one that standbys take over", "walhook makes it one when it takes the slot the next time (cdc.failover: auto)")
 	}
 	if strings.TrimSpace(s.StandbyNames) == "" {
-		warn("failover", "synchronized_standby_slots is empty", "a standby that is promoted may lack what walhook has sent or parked already; on the primary: alter system set synchronized_standby_slots = "+quoteText(strings.Join(a.waitable(), ","))+"; select pg_reload_conf()")
+		warn("failover", "synchronized_standby_slots is empty", "a standby that is promoted may lack what walhook has sent or parked already; on the primary: "+p.set(standbySlotsParameter(a.waitable())))
 		return
 	}
 	for _, name := range strings.Split(s.StandbyNames, ",") {

@@ -115,6 +115,11 @@ func FaultOf(err error) *Fault {
 		return f
 	}
 	f.State = Waiting
+	if refusedByPooler(pg) {
+		f.Reason = "a pooler stands before Postgres and does not let a stream through"
+		f.Remedy = Provider("").direct(Route{}) + "; walhook check says which that is"
+		return f
+	}
 	switch pg.Code {
 	case "55006": // object_in_use, in the server's language
 		f.State = Standby
@@ -160,6 +165,11 @@ func FaultOf(err error) *Fault {
 		f.Reason = "Postgres reported an error"
 	}
 	return f
+}
+
+// refusedByPooler knows the words of PgBouncer and of RDS Proxy, which take no replication.
+func refusedByPooler(pg *pgconn.PgError) bool {
+	return strings.Contains(pg.Message, "unsupported startup parameter") || strings.Contains(pg.Message, "support streaming replication mode")
 }
 
 // codeNoPublication is undefined_object: in a stream it is the publication, in the stream's past.

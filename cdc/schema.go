@@ -13,6 +13,8 @@ import (
 type Schema struct {
 	Database string
 	Role     string
+	Pooler   string // what stands between us and Postgres; empty where nothing does
+	Prepares bool   // the URL has the store prepare statements, which a session keeps
 	System   string // system_identifier; empty where it could not be asked
 	ReadOnly bool
 	CreateDB bool // the role may create in the database
@@ -74,7 +76,8 @@ from pg_control_system()`
 // InspectSchema looks at the schema walhook as the store's connections see it, which may go
 // another way than those of replication. The error is a *Fault.
 func InspectSchema(ctx context.Context, url func() (string, error)) (*Schema, error) {
-	conn, err := (&Config{URL: url}).connectSQL(ctx)
+	cfg := &Config{URL: url}
+	conn, err := cfg.connectPooled(ctx)
 	if err != nil {
 		return nil, connectFault(err)
 	}
@@ -82,6 +85,18 @@ func InspectSchema(ctx context.Context, url func() (string, error)) (*Schema, er
 	sc, err := inspectSchema(ctx, conn)
 	if err != nil {
 		return nil, FaultOf(err)
+	}
+	var backend uint32
+	if err := conn.QueryRow(ctx, "select pg_backend_pid()").Scan(&backend); err != nil {
+		return nil, FaultOf(fmt.Errorf("ask for the process id: %w", err))
+	}
+	provider, err := providerOf(ctx, conn)
+	if err != nil {
+		return nil, FaultOf(err)
+	}
+	sc.Pooler = poolerOf(conn, routeOf(conn), backend, provider)
+	if asked, err := cfg.parse(); err == nil {
+		sc.Prepares = asked.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement
 	}
 	return sc, nil
 }

@@ -36,8 +36,16 @@ func RoleSQL(role, verifier string) string {
 		"    end if;")
 }
 
-// ReplicationSQL lets the role replicate. Amazon RDS has a role for that instead of the attribute.
-func ReplicationSQL(role string) string {
+// ReplicationSQL lets the role replicate. Amazon RDS has a role for that instead of the attribute: the SQL
+// looks for it itself, where the provider is not known.
+func ReplicationSQL(role string, p Provider) string {
+	switch p {
+	case RDS:
+		return p.replicate(role, 0) + ";\n"
+	case Plain, "":
+	default:
+		return attribute(role) + ";\n"
+	}
 	return block("    if exists (select from pg_roles where rolname = " + quoteText(role) + " and (rolreplication or rolsuper)) then\n" +
 		"        return;\n" +
 		"    elsif exists (select from pg_roles where rolname = 'rds_replication') then\n" +
@@ -124,6 +132,11 @@ func PublicationSQL(name string, tables []Table) string {
 	return b.String()
 }
 
+// ConnectionLimitSQL lets the role have that many connections.
+func ConnectionLimitSQL(role string, limit int) string {
+	return fmt.Sprintf("alter role %s connection limit %d", quoteName(role), limit)
+}
+
 // SlotSQL makes the slot. The stream does that by itself.
 func SlotSQL(slot string) string {
 	return "select pg_create_logical_replication_slot(" + quoteText(slot) + ", 'pgoutput');\n"
@@ -134,13 +147,16 @@ type RoleState struct {
 	Exists      bool
 	Replication bool // or superuser
 	Itself      bool // it is the role that looked
+	Provider    Provider
+	Version     int // server_version_num
 }
 
 const roleSQL = `
 select current_user = $1,
        exists (select from pg_roles where rolname = $1),
        exists (select from pg_roles where rolname = $1 and (rolreplication or rolsuper))
-         or exists (select from pg_roles where rolname = 'rds_replication' and pg_has_role(coalesce((select oid from pg_roles where rolname = $1), 0), oid, 'usage'))`
+         or exists (select from pg_roles where rolname = 'rds_replication' and pg_has_role(coalesce((select oid from pg_roles where rolname = $1), 0), oid, 'usage')),
+       current_setting('server_version_num')::int`
 
 // LookAtRole asks whether the role is there. The error is a *Fault.
 func LookAtRole(ctx context.Context, url, role string) (RoleState, error) {
@@ -150,8 +166,11 @@ func LookAtRole(ctx context.Context, url, role string) (RoleState, error) {
 		return s, connectFault(err)
 	}
 	defer closeSQL(conn)
-	if err := conn.QueryRow(ctx, roleSQL, role).Scan(&s.Itself, &s.Exists, &s.Replication); err != nil {
+	if err := conn.QueryRow(ctx, roleSQL, role).Scan(&s.Itself, &s.Exists, &s.Replication, &s.Version); err != nil {
 		return s, FaultOf(fmt.Errorf("look for role: %w", err))
+	}
+	if s.Provider, err = providerOf(ctx, conn); err != nil {
+		return s, FaultOf(err)
 	}
 	return s, nil
 }

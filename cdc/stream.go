@@ -35,6 +35,7 @@ type Config struct {
 	Once        Recovery // instead of Recover, for what the start finds
 	MaxRecovery int      // rows that RecoverMissed sends without a question
 	MaxStall    time.Duration
+	Provider    Provider // whose advice is given; empty: that of whom the server shows
 	Logger      *zap.Logger
 
 	// Notified, if set, hears of every NOTIFY on Channel while the slot is ours, and once when the

@@ -27,7 +27,8 @@ func (t Table) String() string { return pgx.Identifier{t.Schema, t.Name}.Sanitiz
 // Survey is what one look at a database finds about everything the stream needs. The stream
 // and `walhook check` judge by the same Survey, so that they cannot disagree.
 type Survey struct {
-	Version      int // server_version_num, 150018
+	Version      int      // server_version_num, 150018
+	Provider     Provider // who runs the server, by what it shows
 	Database     string
 	Role         string
 	WALLevel     string
@@ -37,8 +38,10 @@ type Survey struct {
 	CreateDB     bool   // the role may create in the database
 	FlushLSN     LSN    // how far the WAL is flushed
 	KeepSize     int64  // max_slot_wal_keep_size in MB; -1 is no limit
-	SlotsFree    int    // of max_replication_slots
-	SendersFree  int    // of max_wal_senders
+	MaxSlots     int    // max_replication_slots
+	SlotsFree    int    // of them
+	MaxSenders   int    // max_wal_senders
+	SendersFree  int    // of them
 	SyncNames    string // synchronous_standby_names
 	StandbyNames string // synchronized_standby_slots, Postgres 17 and later
 	Application  string // application_name of our connections
@@ -80,6 +83,7 @@ type Publication struct {
 	Name      string
 	AllTables bool
 	Insert    bool
+	Changes   bool // updates or deletes too
 	ViaRoot   bool
 	Owned     bool // the role may alter it
 }
@@ -92,6 +96,7 @@ type Found struct {
 	Unlogged    bool
 	Select      bool // the role may read it
 	Owned       bool // the role may publish it
+	Keyless     bool // nothing tells its rows apart, so that Postgres refuses to publish updates and deletes
 	Columns     []Column
 	Types       []string // of Columns, as format_type prints them
 	Published   bool
@@ -119,8 +124,26 @@ type Around struct {
 	Names       []Table       // of the tables there are, at most maxNames
 	IdleTimeout time.Duration // idle_replication_slot_timeout, Postgres 18 and later; zero is none
 	Encrypted   bool          // the connection is
+	Fallback    bool          // where the server offers no encryption, it goes without
 	Remote      bool          // the connection leaves this machine
 	Replicating *Fault        // what became of a replication connection; nil: it works
+	Route       Route         // of the connection
+	Pooler      string        // what stands between us and Postgres; empty where nothing does
+	Pinned      []Pin         // what keeps the slot from moving, oldest first
+
+	ConnectionLimit int           // of the role; -1 is none
+	PasswordLeft    time.Duration // until the role's password expires; zero is for ever
+}
+
+// Pin is a transaction that has written and does not end: the slot keeps the WAL from its begin on, and a
+// slot that is yet to be made waits for it.
+type Pin struct {
+	Prepared string // the name under which it was prepared, in Database; empty where a session has it
+	Database string
+	PID      int32
+	Role     string // of the session, and its application_name
+	App      string
+	Age      time.Duration
 }
 
 const maxNames = 10_000
@@ -144,7 +167,7 @@ func Inspect(ctx context.Context, cfg *Config) (*Survey, error) {
 func Examine(ctx context.Context, cfg *Config) (*Survey, error) {
 	conn, err := cfg.connectSQL(ctx)
 	if err != nil {
-		return nil, connectFault(err)
+		return nil, cfg.pastPooler(ctx, cfg.Provider.connectFault(err), err)
 	}
 	defer closeSQL(conn)
 	s, err := survey(ctx, conn, cfg)
@@ -158,10 +181,38 @@ func Examine(ctx context.Context, cfg *Config) (*Survey, error) {
 	if s.Replication && s.SendersFree > 0 { // else it is clear what would become of it
 		s.Around.System, err = cfg.tryReplication(ctx)
 		if err != nil {
-			s.Around.Replicating = connectFault(err)
+			s.Around.Replicating = s.advise(cfg).connectFault(err)
 		}
 	}
 	return s, nil
+}
+
+const serverSQL = `
+select coalesce((select host(inet_server_addr()) || ':' || inet_server_port()), '')`
+
+// pastPooler adds to the fault of a connection that a pooler refused where the pooler leads to: it lets an
+// ordinary connection through.
+func (cfg *Config) pastPooler(ctx context.Context, f *Fault, err error) *Fault {
+	var pg *pgconn.PgError
+	if !errors.As(err, &pg) || !refusedByPooler(pg) {
+		return f
+	}
+	conn, err := cfg.connectPooled(ctx)
+	if err != nil {
+		return f
+	}
+	defer closeSQL(conn)
+	route, p := routeOf(conn), cfg.Provider
+	if p == "" {
+		if p, err = providerOf(ctx, conn); err != nil {
+			return f
+		}
+	}
+	if err := conn.QueryRow(ctx, serverSQL).Scan(&route.Server); err != nil {
+		return f
+	}
+	f.Remedy = p.direct(route)
+	return f
 }
 
 func (cfg *Config) tryReplication(ctx context.Context) (system string, err error) {
@@ -182,7 +233,25 @@ select clock_timestamp()`
 
 const aroundSQL = `
 select coalesce((select a.application_name from pg_stat_activity a where a.pid = $1), ''),
-       coalesce((select setting::bigint from pg_settings where name = 'idle_replication_slot_timeout'), 0)`
+       coalesce((select setting::bigint from pg_settings where name = 'idle_replication_slot_timeout'), 0),
+       coalesce((select host(inet_server_addr()) || ':' || inet_server_port()), ''),
+       pg_backend_pid(),
+       (select rolconnlimit from pg_roles where rolname = current_user),
+       coalesce((select greatest(extract(epoch from rolvaliduntil - clock_timestamp()), 1)::bigint from pg_roles
+                 where rolname = current_user and rolvaliduntil < 'infinity'), 0)`
+
+// Of other roles' sessions only a member of pg_read_all_stats sees since when a transaction is open.
+const pinsSQL = `
+select '', coalesce(datname, ''), pid, coalesce(usename, ''), application_name, extract(epoch from clock_timestamp() - xact_start)::bigint
+from pg_stat_activity
+where backend_xid is not null
+and pid <> pg_backend_pid()
+and xact_start < clock_timestamp()
+union all
+select gid, database, 0, owner, '', extract(epoch from clock_timestamp() - prepared)::bigint
+from pg_prepared_xacts
+order by 6 desc
+limit 3`
 
 const greedySQL = `
 select slot_name, coalesce(active_pid, 0), coalesce(wal_status, ''), pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint
@@ -213,12 +282,29 @@ func lookAround(ctx context.Context, conn *pgx.Conn, s *Survey) (*Around, error)
 		pid, own = s.Slot.ActivePID, s.Slot.Name
 	}
 	var idle int64 // seconds
-	if err := conn.QueryRow(ctx, aroundSQL, pid).Scan(&a.Holder, &idle); err != nil {
+	var server string
+	var backend uint32
+	var left int64 // seconds
+	if err := conn.QueryRow(ctx, aroundSQL, pid).Scan(&a.Holder, &idle, &server, &backend, &a.ConnectionLimit, &left); err != nil {
 		return nil, fmt.Errorf("look around: %w", err)
 	}
-	a.IdleTimeout = time.Duration(idle) * time.Second
+	a.IdleTimeout, a.PasswordLeft = time.Duration(idle)*time.Second, time.Duration(left)*time.Second
+	a.Route = routeOf(conn)
+	a.Route.Server = server
+	a.Pooler = poolerOf(conn, a.Route, backend, s.Provider)
+	rows, _ := conn.Query(ctx, pinsSQL) // its error comes from CollectRows
+	pins, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (p Pin, err error) {
+		var age int64
+		err = r.Scan(&p.Prepared, &p.Database, &p.PID, &p.Role, &p.App, &age)
+		p.Age = time.Duration(age) * time.Second
+		return p, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read open transactions: %w", err)
+	}
+	a.Pinned = pins
 
-	rows, _ := conn.Query(ctx, greedySQL, own) // its error comes from CollectRows
+	rows, _ = conn.Query(ctx, greedySQL, own)
 	greedy, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (o Slot, err error) {
 		err = r.Scan(&o.Name, &o.ActivePID, &o.WALStatus, &o.Retained)
 		return o, err
@@ -236,6 +322,8 @@ func lookAround(ctx context.Context, conn *pgx.Conn, s *Survey) (*Around, error)
 	}
 	socket := conn.PgConn().Conn()
 	_, a.Encrypted = socket.(*tls.Conn)
+	c := conn.Config()
+	a.Fallback = c.TLSConfig == nil || slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil })
 	if to, ok := socket.RemoteAddr().(*net.TCPAddr); ok {
 		a.Remote = !to.IP.IsLoopback()
 	}
@@ -254,7 +342,9 @@ select current_setting('server_version_num')::int,
        has_database_privilege(current_database(), 'create'),
        (case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end)::text,
        (select setting::bigint from pg_settings where name = 'max_slot_wal_keep_size'),
+       current_setting('max_replication_slots')::int,
        current_setting('max_replication_slots')::int - (select count(*)::int from pg_replication_slots),
+       current_setting('max_wal_senders')::int,
        current_setting('max_wal_senders')::int - (select count(*)::int from pg_stat_replication),
        current_setting('synchronous_standby_names'),
        coalesce(current_setting('synchronized_standby_slots', true), ''),
@@ -272,7 +362,7 @@ from pg_replication_slots s
 where slot_name = $1`
 
 const publicationSQL = `
-select pubname, puballtables, pubinsert, pubviaroot, pg_has_role(pubowner, 'usage')
+select pubname, puballtables, pubinsert, pubupdate or pubdelete, pubviaroot, pg_has_role(pubowner, 'usage')
 from pg_publication
 where pubname = $1`
 
@@ -284,6 +374,7 @@ const tableSQL = `
 select c.oid, c.relkind::text, c.relpersistence = 'u',
        has_table_privilege(c.oid, 'select') and has_schema_privilege(n.oid, 'usage'),
        pg_has_role(c.relowner, 'usage'),
+       c.relreplident = 'n' or c.relreplident = 'd' and not exists (select from pg_index i where i.indrelid = c.oid and i.indisprimary),
        coalesce((select array_agg(a.attname::text order by a.attnum) from pg_attribute a
                  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped), '{}'),
        coalesce((select array_agg(a.atttypid order by a.attnum) from pg_attribute a
@@ -315,11 +406,14 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 	s.Blur = time.Since(s.at) / 2
 	s.Clock = theirs.Sub(s.at.Add(s.Blur))
 	err := conn.QueryRow(ctx, surveySQL).Scan(&s.Version, &s.Database, &s.Role, &s.WALLevel, &s.Recovering, &s.ReadOnly,
-		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.SlotsFree, &s.SendersFree, &s.SyncNames, &s.StandbyNames, &s.Application, &timeout)
+		&s.Replication, &s.CreateDB, &flushed, &s.KeepSize, &s.MaxSlots, &s.SlotsFree, &s.MaxSenders, &s.SendersFree, &s.SyncNames, &s.StandbyNames, &s.Application, &timeout)
 	if err != nil {
 		return nil, fmt.Errorf("survey: %w", err)
 	}
 	s.SenderTimeout = time.Duration(timeout) * time.Millisecond
+	if s.Provider, err = providerOf(ctx, conn); err != nil {
+		return nil, err
+	}
 	if s.FlushLSN, err = ParseLSN(flushed); err != nil {
 		return nil, err
 	}
@@ -327,7 +421,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		return nil, err
 	}
 	p := &Publication{}
-	err = conn.QueryRow(ctx, publicationSQL, cfg.Publication).Scan(&p.Name, &p.AllTables, &p.Insert, &p.ViaRoot, &p.Owned)
+	err = conn.QueryRow(ctx, publicationSQL, cfg.Publication).Scan(&p.Name, &p.AllTables, &p.Insert, &p.Changes, &p.ViaRoot, &p.Owned)
 	switch {
 	case err == nil:
 		s.Publication = p
@@ -340,7 +434,7 @@ func survey(ctx context.Context, conn *pgx.Conn, cfg *Config) (*Survey, error) {
 		var types []uint32
 		var names []string
 		err := conn.QueryRow(ctx, tableSQL, t.Schema, t.Name, cfg.Publication).
-			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &names, &types, &f.Types, &f.Published, &f.Entry, &f.RowFilter, &f.Unpublished)
+			Scan(&f.OID, &kind, &f.Unlogged, &f.Select, &f.Owned, &f.Keyless, &names, &types, &f.Types, &f.Published, &f.Entry, &f.RowFilter, &f.Unpublished)
 		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 			return nil, fmt.Errorf("read table %s: %w", t, err)
 		}
@@ -406,14 +500,21 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 		out = append(out, Finding{Topic: topic, Text: text, Warn: what})
 	}
 
-	version := fmt.Sprintf("%d.%d", s.Version/10000, s.Version%10000)
-	switch {
+	p := s.advise(cfg)
+	version := fmt.Sprintf("Postgres %d.%d", s.Version/10000, s.Version%10000)
+	if s.Provider != "" && s.Provider != Plain {
+		version += " of " + s.Provider.Title()
+	}
+	if p != s.Provider && s.Provider != "" {
+		version += " (advice for " + p.Title() + ")"
+	}
+	switch fixed := fixedAddTable(s.Version); {
 	case s.Version < 140000:
-		bad("server", &Fault{Reason: "Postgres " + version + " is too old", Remedy: "walhook needs Postgres 14 or later"})
-	case losesOnAddTable(s.Version):
-		warn("server", "Postgres "+version, "this minor version can lose events when a table is added to a publication; update to 14.18, 15.13, 16.9, 17.5 or later")
+		bad("server", &Fault{Reason: version + " is too old", Remedy: "walhook needs Postgres 14 or later"})
+	case s.Version < fixed:
+		warn("server", version+", database "+s.Database, fmt.Sprintf("this minor version can lose events when a table is added to a publication: update to %d.%d or later", fixed/10000, fixed%10000))
 	default:
-		ok("server", "Postgres %s, database %s", version, s.Database)
+		ok("server", "%s, database %s", version, s.Database)
 	}
 	switch {
 	case s.Recovering:
@@ -422,20 +523,20 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 		bad("server", &Fault{Reason: "the database is read-only, so nothing could be parked", Remedy: "alter role " + quoteName(s.Role) + " set default_transaction_read_only = off"})
 	}
 	if s.WALLevel != "logical" {
-		bad("wal_level", &Fault{Reason: "wal_level is " + s.WALLevel + ", it must be logical", Remedy: remedyWALLevel})
+		bad("wal_level", &Fault{Reason: "wal_level is " + s.WALLevel + ", it must be logical", Remedy: p.set(logicalLevel())})
 	} else {
 		ok("wal_level", "wal_level is logical")
 	}
 	if !s.Replication {
 		bad("role", &Fault{
 			Reason: "role " + s.Role + " lacks REPLICATION",
-			Remedy: "alter role " + quoteName(s.Role) + " with replication (on Amazon RDS: grant rds_replication to " + quoteName(s.Role) + ")",
+			Remedy: p.replicate(s.Role, s.Version),
 		})
 	} else {
 		ok("role", "role %s may replicate", s.Role)
 	}
 	if s.Around != nil {
-		s.judgeConnection(bad, warn)
+		s.judgeConnection(p, bad, warn)
 	}
 	for i := range s.Tables {
 		before := len(out)
@@ -444,17 +545,20 @@ func (s *Survey) Findings(cfg *Config) []Finding {
 			out[before+j].Table = &s.Tables[i]
 		}
 	}
-	s.judgePublication(cfg, ok, bad)
+	s.judgePublication(cfg, ok, bad, warn)
 	s.judgeMirror(cfg, ok, warn)
 	s.judgeSlot(cfg, ok, bad, warn)
-	if s.KeepSize < 0 {
-		warn("limits", "max_slot_wal_keep_size is not limited", "while walhook is down, WAL is kept until the disk is full; alter system set max_slot_wal_keep_size = '10GB' (less than the free space) puts the database first")
+	switch {
+	case s.KeepSize < 0:
+		warn("limits", "max_slot_wal_keep_size is not limited", "while walhook is down, WAL is kept until the disk is full. "+p.limit())
+	case s.KeepSize < keepTolerance:
+		warn("limits", "max_slot_wal_keep_size is "+bytesText(s.KeepSize<<20), "walhook's slot is lost when it is down while the database writes as much. "+p.limit())
 	}
 	if waitsFor(s.SyncNames, s.Application) {
-		warn("limits", "synchronous_standby_names is "+s.SyncNames, "it matches "+s.Application+", so every commit of the app would wait for its webhooks; name the real standbys instead")
+		warn("limits", "synchronous_standby_names is "+s.SyncNames, "it matches "+s.Application+", so every commit of the app would wait for its webhooks. Name the real standbys alone: "+p.set(syncNamesParameter(withoutUs(s.SyncNames, s.Application))))
 	}
 	if s.Around != nil {
-		s.judgeAround(warn)
+		s.judgeAround(p, warn)
 		s.judgeFailover(cfg, ok, warn)
 	}
 	return out
@@ -476,28 +580,82 @@ func waitsFor(syncNames, application string) bool {
 	return false
 }
 
-func (s *Survey) judgeConnection(bad func(string, *Fault), warn func(string, string, string)) {
+// advise is the provider whose advice is given.
+func (s *Survey) advise(cfg *Config) Provider {
+	if cfg.Provider != "" {
+		return cfg.Provider
+	}
+	return s.Provider
+}
+
+// roomToRaise is how much a limit is raised that is used up: two instances, a new slot beside the old one,
+// and some for others.
+const roomToRaise = 5
+
+// withoutUs is synchronous_standby_names without what matches us. Where nothing is left, no commit waits.
+func withoutUs(syncNames, application string) string {
+	head, list, tail := "", syncNames, ""
+	if open := strings.IndexByte(list, '('); open >= 0 { // FIRST 2 (a, b)
+		head, list, tail = list[:open+1], strings.TrimSuffix(strings.TrimSpace(list[open+1:]), ")"), ")"
+	}
+	var kept []string
+	for name := range strings.SplitSeq(list, ",") {
+		if name = strings.TrimSpace(name); name != "" && !waitsFor(name, application) {
+			kept = append(kept, name)
+		}
+	}
+	if len(kept) == 0 {
+		return ""
+	}
+	return head + strings.Join(kept, ", ") + tail
+}
+
+func (s *Survey) judgeConnection(p Provider, bad func(string, *Fault), warn func(string, string, string)) {
+	a := s.Around
 	held := s.Slot != nil && s.Slot.ActivePID != 0
-	switch f := s.Around.Replicating; {
+	more := p.set(sendersParameter(s.MaxSenders + roomToRaise))
+	switch f := a.Replicating; {
 	case s.SendersFree <= 0 && held:
-		warn("role", "no further replication connection is free", "max_wal_senders is exhausted: a second instance could not stand by; raise it and restart Postgres")
+		warn("role", "no further replication connection is free", "a second instance could not stand by: "+more)
 	case s.SendersFree <= 0:
-		bad("role", &Fault{Reason: "no replication connection is free", Remedy: "raise max_wal_senders and restart Postgres, or end one that nobody needs (select * from pg_stat_replication)"})
+		bad("role", &Fault{Reason: "no replication connection is free", Remedy: more + "; or end one that nobody needs (select * from pg_stat_replication)"})
+	case f != nil && a.Pooler != "":
+		g := *f
+		g.Reason, g.Remedy = "between walhook and Postgres stands "+a.Pooler+", which does not pass replication on", p.direct(a.Route)
+		if g.Err == nil {
+			g.Err = errors.New(f.Reason)
+		}
+		bad("pooler", &g)
 	case f != nil && f.State == Connecting && f.Remedy == "":
 		g := *f
-		g.Remedy = "a pooler in between does not pass replication on: give cdc the direct address in database.replication_url"
+		g.Remedy = "where a pooler or proxy stands in between: " + p.direct(a.Route)
 		bad("role", &g)
 	case f != nil:
 		bad("role", f)
+	case a.Pooler != "":
+		warn("pooler", "between walhook and Postgres stands "+a.Pooler, "it passes replication on, but every restart and timeout of its own ends the stream: "+p.direct(a.Route))
 	}
-	if s.Around.Remote && !s.Around.Encrypted {
-		warn("server", "the connection is not encrypted", "payloads cross the network as plain text; add sslmode=verify-full (or require) to database.url")
+	switch {
+	case a.Remote && !a.Encrypted:
+		warn("server", "the connection is not encrypted", "payloads cross the network as plain text: add sslmode=verify-full (or require) to database.url")
+	case a.Remote && a.Fallback:
+		warn("server", "the connection is encrypted, but need not be", "where somebody in between says that the server knows no TLS, payloads and password go as plain text: add sslmode=verify-full (or require) to database.url")
+	}
+	if a.PasswordLeft > 0 && a.PasswordLeft < passwordSoon {
+		warn("role", fmt.Sprintf("the password of role %s expires in %s", s.Role, a.PasswordLeft.Round(time.Second)), "from then on it cannot connect any more: alter role "+quoteName(s.Role)+" valid until 'infinity'")
 	}
 }
 
 const (
 	clockTolerance = 30 * time.Second
 	idleTolerance  = 24 * time.Hour
+	passwordSoon   = 14 * 24 * time.Hour
+	// pinTolerance is how long a transaction may write before somebody should look.
+	pinTolerance = 15 * time.Minute
+	// keepTolerance, in MB, is less than what a busy database writes while walhook is updated.
+	keepTolerance = 1024
+	// patienceTolerance is what a stumble of the network takes.
+	patienceTolerance = 3 * time.Second
 )
 
 // ClockOff says how far the clocks of server and machine are apart, where that is much.
@@ -512,7 +670,7 @@ func (s *Survey) ClockOff() string {
 	return fmt.Sprintf("the server's clock is %s %s this machine's", off.Round(time.Second), way)
 }
 
-func (s *Survey) judgeAround(warn func(string, string, string)) {
+func (s *Survey) judgeAround(p Provider, warn func(string, string, string)) {
 	a := s.Around
 	for _, o := range a.Greedy {
 		use := "not in use"
@@ -523,7 +681,26 @@ func (s *Survey) judgeAround(warn func(string, string, string)) {
 			fmt.Sprintf("it is not walhook's, but fills the same disk; if nobody needs it: select pg_drop_replication_slot(%s)", quoteText(o.Name)))
 	}
 	if a.IdleTimeout > 0 && a.IdleTimeout < idleTolerance {
-		warn("limits", "idle_replication_slot_timeout is "+a.IdleTimeout.String(), "walhook's slot is lost when it is down for longer; alter system set idle_replication_slot_timeout = 0")
+		warn("limits", "idle_replication_slot_timeout is "+a.IdleTimeout.String(), "walhook's slot is lost when it is down for longer: "+p.set(idleParameter()))
+	}
+	switch {
+	case s.SenderTimeout == 0 && s.Version > 0:
+		warn("limits", "wal_sender_timeout is off", "the server never gives up a walhook that is cut off; another instance ends it only where the role may see that it does not answer (pg_read_all_stats): "+p.set(patienceParameter()))
+	case s.SenderTimeout > 0 && s.SenderTimeout < patienceTolerance:
+		warn("limits", "wal_sender_timeout is "+s.SenderTimeout.String(), "every short pause of the network ends the stream: "+p.set(patienceParameter()))
+	}
+	for _, pin := range a.Pinned {
+		if pin.Age < pinTolerance {
+			continue
+		}
+		const harm = "all WAL since then is kept, and a new slot would wait for its end. "
+		if pin.Prepared != "" {
+			warn("limits", fmt.Sprintf("prepared transaction %s of database %s has been open for %s", quoteText(pin.Prepared), pin.Database, pin.Age),
+				harm+"In that database, as its owner "+pin.Role+": commit prepared "+quoteText(pin.Prepared)+", or rollback prepared "+quoteText(pin.Prepared))
+			continue
+		}
+		warn("limits", fmt.Sprintf("a transaction of role %s (pid %d, %q, database %s) has been writing for %s", pin.Role, pin.PID, pin.App, pin.Database, pin.Age),
+			fmt.Sprintf("%sIf it hangs: select pg_terminate_backend(%d)", harm, pin.PID))
 	}
 	if off := s.ClockOff(); off != "" {
 		warn("clock", off,
@@ -576,7 +753,7 @@ func (s *Survey) mayPublish(cfg *Config) *Fault {
 	return nil
 }
 
-func (s *Survey) judgePublication(cfg *Config, ok func(string, string, ...any), bad func(string, *Fault)) {
+func (s *Survey) judgePublication(cfg *Config, ok func(string, string, ...any), bad func(string, *Fault), warn func(string, string, string)) {
 	p := s.Publication
 	name := quoteName(cfg.Publication)
 	var denied *Fault
@@ -589,15 +766,27 @@ func (s *Survey) judgePublication(cfg *Config, ok func(string, string, ...any), 
 	case p == nil && cfg.Create:
 		ok("publication", "publication %s will be created", cfg.Publication)
 	case p == nil:
-		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " does not exist", Remedy: "run the SQL that `walhook init` prints"})
+		tables, _ := s.unpublished()
+		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " does not exist", Remedy: "as the owner of the tables: " + createPublication(cfg.Publication, tables) + "; or run the SQL that `walhook init` prints"})
 	case !p.Insert:
 		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " does not publish inserts", Remedy: "alter publication " + name + " set (publish = 'insert')"})
 	case !p.ViaRoot && slices.ContainsFunc(s.Tables, func(f Found) bool { return f.Kind == 'p' }):
 		bad("publication", &Fault{Reason: "publication " + cfg.Publication + " publishes partitions under their own names", Remedy: "alter publication " + name + " set (publish_via_partition_root = true)"})
 	case denied != nil:
 		bad("publication", denied)
+	case p.AllTables:
+		warn("publication", "publication "+cfg.Publication+" publishes all tables", "the server sends walhook every row of every table, its own included, to be thrown away: choose another cdc.publication, of the outbox alone, and run the SQL that `walhook init` prints")
 	default:
 		ok("publication", "publication %s", cfg.Publication)
+	}
+	if p == nil || !p.Changes {
+		return
+	}
+	for i := range s.Tables {
+		if f := &s.Tables[i]; f.Published && f.Keyless {
+			warn("publication", "publication "+cfg.Publication+" publishes updates or deletes of "+f.String()+", whose rows nothing tells apart",
+				"Postgres refuses updates and deletes of such rows to the app itself: alter publication "+name+" set (publish = 'insert')")
+		}
 	}
 }
 
@@ -608,7 +797,7 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 		case !cfg.Create:
 			bad("slot", &Fault{Reason: "slot " + cfg.Slot + " does not exist", Remedy: fmt.Sprintf("select pg_create_logical_replication_slot('%s', 'pgoutput')", cfg.Slot)})
 		case s.SlotsFree <= 0:
-			bad("slot", &Fault{Reason: "no replication slot is left for " + cfg.Slot, Remedy: "raise max_replication_slots and restart Postgres, or drop a slot that nobody uses (select * from pg_replication_slots)"})
+			bad("slot", &Fault{Reason: "no replication slot is left for " + cfg.Slot, Remedy: s.advise(cfg).set(slotsParameter(s.MaxSlots+roomToRaise)) + "; or drop a slot that nobody uses (select * from pg_replication_slots)"})
 		default:
 			ok("slot", "slot %s will be created", cfg.Slot)
 		}
@@ -641,7 +830,7 @@ func (s *Survey) judgeSlot(cfg *Config, ok func(string, string, ...any), bad fun
 	switch slot.WALStatus {
 	case "unreserved":
 		warn("slot", "slot "+slot.Name+" is about to be lost: it keeps "+bytesText(slot.Retained)+" of WAL, more than max_slot_wal_keep_size",
-			"start walhook before the next checkpoint of Postgres, and raise max_slot_wal_keep_size")
+			"start walhook before the next checkpoint of Postgres, and raise the limit. "+s.advise(cfg).limit())
 	case "extended":
 		warn("slot", "slot "+slot.Name+" keeps "+bytesText(slot.Retained)+" of WAL, more than max_wal_size",
 			"while walhook is down or behind, WAL piles up: start it; select pg_drop_replication_slot('"+slot.Name+"') only where its events are not wanted any more")
@@ -661,10 +850,15 @@ func firstFault(findings []Finding) *Fault {
 
 // losesOnAddTable tells minor versions in which a transaction that is open while its table is
 // added to a publication loses its rows, and every later one of the session.
-func losesOnAddTable(version int) bool {
-	fixed := map[int]int{14: 18, 15: 13, 16: 9, 17: 5}
-	minor, known := fixed[version/10000]
-	return known && version%10000 < minor
+func losesOnAddTable(version int) bool { return version < fixedAddTable(version) }
+
+// fixedAddTable is the version of the same major in which that is mended; zero where it never was so.
+func fixedAddTable(version int) int {
+	minor, known := map[int]int{14: 18, 15: 13, 16: 9, 17: 5}[version/10000]
+	if !known {
+		return 0
+	}
+	return version/10000*10000 + minor
 }
 
 func quoteName(name string) string { return pgx.Identifier{name}.Sanitize() }

@@ -33,16 +33,50 @@ const (
 )
 
 func checkCommand(o *options) *cobra.Command {
+	c := &checkOptions{options: o}
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Look at config, database and endpoints; say what is wrong and what mends it",
 		Long: `Looks at the config, the database and the endpoints, changes nothing and sends nothing.
 ✓ is well, ! may hurt some day, ✗ keeps walhook from working; below ! and ✗ stands what to do.
-The exit code is 0 without any ✗, 1 with one, and 2 where the config is broken.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), o, cmd.OutOrStdout()) },
+What to do differs from one provider of Postgres to the next: whose it is, the server shows, and
+--provider overrides. The exit code is 0 without any ✗, 1 with one, and 2 where the config is
+broken; with --strict a ! counts as a ✗.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), c, cmd.OutOrStdout()) },
 	}
 	cmd.Flags().StringVarP(&o.output, "output", "o", "table", "table or json")
+	cmd.Flags().BoolVar(&c.strict, "strict", false, "exit with 1 for a warning too")
+	providerFlag(cmd, &c.provider)
 	return cmd
+}
+
+// checkOptions are the flags of walhook check.
+type checkOptions struct {
+	*options
+	strict   bool
+	provider cdc.Provider
+}
+
+// providerFlag has a command take --provider.
+func providerFlag(cmd *cobra.Command, to *cdc.Provider) {
+	cmd.Flags().Var(&providerValue{to}, "provider", "give the advice for plain, rds, cloudsql, azure, supabase, neon or cloudnativepg (default what the server shows)")
+}
+
+// providerValue is a cdc.Provider as a flag.
+type providerValue struct{ to *cdc.Provider }
+
+func (v *providerValue) String() string {
+	if v.to == nil {
+		return ""
+	}
+	return string(*v.to)
+}
+
+func (v *providerValue) Type() string { return "name" }
+
+func (v *providerValue) Set(name string) (err error) {
+	*v.to, err = cdc.ParseProvider(name)
+	return err
 }
 
 // grade is how well one thing is.
@@ -64,7 +98,7 @@ type result struct {
 	Remedy string `json:"remedy,omitempty"`
 }
 
-func check(ctx context.Context, o *options, out io.Writer) error {
+func check(ctx context.Context, o *checkOptions, out io.Writer) error {
 	if o.output != "table" && o.output != "json" {
 		return usageError{fmt.Errorf("--output %s: want table or json", o.output)}
 	}
@@ -72,7 +106,7 @@ func check(ctx context.Context, o *options, out io.Writer) error {
 	var wrong *ConfigError
 	if errors.As(err, &wrong) {
 		results := configResults(wrong)
-		if err := report(out, o.output, results); err != nil {
+		if err := report(out, o.output, o.provider, results); err != nil {
 			return err
 		}
 		return failed{fmt.Errorf("%s is broken: %s", wrong.File, count(len(results), "mistake")), exitUsage}
@@ -81,26 +115,32 @@ func check(ctx context.Context, o *options, out io.Writer) error {
 		return err
 	}
 	if mistakes := checkURLs(cfg); len(mistakes) > 0 {
-		if err := report(out, o.output, mistakes); err != nil {
+		if err := report(out, o.output, o.provider, mistakes); err != nil {
 			return err
 		}
 		return failed{fmt.Errorf("%s is broken: %s", cfg.Path, count(len(mistakes), "mistake")), exitUsage}
 	}
-	results := inspect(ctx, cfg)
+	results, provider := inspect(ctx, cfg, o.provider)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err := report(out, o.output, results); err != nil {
+	if err := report(out, o.output, provider, results); err != nil {
 		return err
 	}
-	faults := 0
+	faults, warnings := 0, 0
 	for _, r := range results {
-		if r.Grade == broken {
+		switch r.Grade {
+		case broken:
 			faults++
+		case warning:
+			warnings++
 		}
 	}
-	if faults > 0 {
+	switch {
+	case faults > 0:
 		return failed{fmt.Errorf("check found %s", count(faults, "fault")), exitFailed}
+	case warnings > 0 && o.strict:
+		return failed{fmt.Errorf("check found %s, which --strict does not let pass", count(warnings, "warning")), exitFailed}
 	}
 	return nil
 }
@@ -112,7 +152,7 @@ func count(n int, of string) string {
 	return fmt.Sprintf("%d %s", n, of)
 }
 
-func report(w io.Writer, form string, results []result) error {
+func report(w io.Writer, form string, provider cdc.Provider, results []result) error {
 	if form == "json" {
 		worst := well
 		for _, r := range results {
@@ -124,9 +164,10 @@ func report(w io.Writer, form string, results []result) error {
 		enc.SetEscapeHTML(false)
 		enc.SetIndent("", "  ")
 		return enc.Encode(struct {
-			Status  grade    `json:"status"`
-			Results []result `json:"results"`
-		}{worst, results})
+			Status   grade        `json:"status"`
+			Provider cdc.Provider `json:"provider"`
+			Results  []result     `json:"results"`
+		}{worst, provider, results})
 	}
 	var b strings.Builder
 	for _, r := range results {
@@ -181,8 +222,9 @@ func checkURLs(cfg *Config) []result {
 	return results
 }
 
-// inspect looks at everything at once; what it finds stands in a fixed order.
-func inspect(ctx context.Context, cfg *Config) []result {
+// inspect looks at everything at once; what it finds stands in a fixed order. The provider is asked of the
+// server where it is not given.
+func inspect(ctx context.Context, cfg *Config, provider cdc.Provider) ([]result, cdc.Provider) {
 	results := []result{{Topic: "config", Grade: well, Text: fmt.Sprintf("%s: %s, %s", cfg.Path, count(len(cfg.Outbox), "source"), count(len(cfg.Endpoints), "endpoint"))}}
 	var database []result
 	endpoints := make([][]result, len(cfg.Endpoints))
@@ -190,7 +232,7 @@ func inspect(ctx context.Context, cfg *Config) []result {
 	g.Go(func() error {
 		ctx, cancel := context.WithTimeout(ctx, databaseTime)
 		defer cancel()
-		database = checkDatabase(ctx, cfg)
+		database, provider = checkDatabase(ctx, cfg, provider)
 		return nil
 	})
 	g.Go(func() error {
@@ -209,43 +251,80 @@ func inspect(ctx context.Context, cfg *Config) []result {
 	for _, e := range endpoints {
 		results = append(results, e...)
 	}
-	return results
+	return results, provider
 }
 
 func faultResult(topic string, f *cdc.Fault) result {
 	return result{Topic: topic, Grade: broken, Text: f.Cause(), Remedy: f.Remedy}
 }
 
-func checkDatabase(ctx context.Context, cfg *Config) []result {
+func checkDatabase(ctx context.Context, cfg *Config, provider cdc.Provider) ([]result, cdc.Provider) {
 	read := func(s outbox.Secret) func() (string, error) {
 		return func() (string, error) { return s.Reveal(), nil }
 	}
 	stream := streamConfig(cfg, read(cfg.Database.Replication()), nil)
+	stream.Provider = provider
 	survey, err := cdc.Examine(ctx, &stream)
 	var results []result
 	if err != nil {
 		results = append(results, faultResult("database", cdc.FaultOf(err)))
 		if cfg.Database.ReplicationURL == "" {
-			return results // the other connection would only say so again
+			return results, provider // the other connection would only say so again
 		}
 		results[0].Text = "database.replication_url: " + results[0].Text
 	} else {
+		if provider == "" {
+			provider = survey.Provider
+		}
 		results = append(results, surveyResults(survey, &stream)...)
 		results = append(results, checkColumns(survey, cfg.Outbox)...)
 	}
 	schema, err := cdc.InspectSchema(ctx, read(cfg.Database.URL))
 	if err != nil {
-		return append(results, faultResult("database", cdc.FaultOf(err)))
+		return append(results, faultResult("database", cdc.FaultOf(err))), provider
 	}
+	results = append(results, checkPooler(cfg, schema)...)
 	results = append(results, checkSchema(schema)...)
 	if survey != nil {
+		results = append(results, checkConnections(survey)...)
 		found := checkCheckpoint(ctx, survey, schema, cfg, &stream)
 		if survey.Slot == nil && found[0].Grade == broken { // then it will not be created
 			results = slices.DeleteFunc(results, func(r result) bool { return r.Topic == "slot" })
 		}
 		results = append(results, found...)
 	}
-	return results
+	return results, provider
+}
+
+// checkPooler judges the way of the store's connections, where that of replication is another.
+func checkPooler(cfg *Config, sc *cdc.Schema) []result {
+	switch {
+	case cfg.Database.ReplicationURL == "" || sc.Pooler == "":
+		return nil
+	case sc.Prepares:
+		return []result{{
+			Topic: "pooler", Grade: warning, Text: "database.url leads through " + sc.Pooler,
+			Remedy: "in transaction mode a statement that one session prepared is unknown to the next: add default_query_exec_mode=cache_describe to database.url; " +
+				"not needed where the pooler is in session mode, or keeps track of prepared statements (PgBouncer 1.21 and later, max_prepared_statements)",
+		}}
+	}
+	return []result{{Topic: "pooler", Grade: well, Text: "database.url leads through " + sc.Pooler + ", database.replication_url does not"}}
+}
+
+// streamConnections are those of one walhook beside the store's: the stream, its watch, and one for a while at a start.
+const streamConnections = 3
+
+// checkConnections tells where the role may not have as many connections as two instances hold.
+func checkConnections(s *cdc.Survey) []result {
+	const wanted = 2 * (store.Connections + streamConnections)
+	limit := s.Around.ConnectionLimit
+	if limit < 0 || limit >= wanted {
+		return nil
+	}
+	return []result{{
+		Topic: "role", Grade: warning, Text: fmt.Sprintf("role %s may have %s at a time", s.Role, count(limit, "connection")),
+		Remedy: fmt.Sprintf("two instances hold up to %d: %s", wanted, cdc.ConnectionLimitSQL(s.Role, wanted)),
+	}}
 }
 
 // surveyResults is how the stream itself would judge what was found.

@@ -43,6 +43,7 @@ type site struct {
 	t      *testing.T
 	admin  string // URL of a superuser
 	url    string // database.url
+	direct string // database.replication_url
 	name   string // of slot and publication
 	role   string // that url connects as
 	table  string
@@ -93,13 +94,17 @@ func (s *site) as(role, password string) {
 func (s *site) write() string {
 	s.t.Helper()
 	s.config = filepath.Join(s.t.TempDir(), "walhook.yaml")
-	text := fmt.Sprintf(`database: {url: %q}
-cdc: {slot: %s, publication: %[2]s%s}
+	direct := ""
+	if s.direct != "" {
+		direct = fmt.Sprintf(", replication_url: %q", s.direct)
+	}
+	text := fmt.Sprintf(`database: {url: %q%s}
+cdc: {slot: %s, publication: %[3]s%s}
 outbox: [{%s%s}]
 endpoints: [{id: shop, url: %q, secrets: [whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw]}]
 server: {listen: "127.0.0.1:0"}
 log: {level: debug}
-`, s.url, s.name, s.cdc, cmp.Or(s.source, fmt.Sprintf("table: %q", s.table)), s.more, s.hooks)
+`, s.url, direct, s.name, s.cdc, cmp.Or(s.source, fmt.Sprintf("table: %q", s.table)), s.more, s.hooks)
 	require.NoError(s.t, os.WriteFile(s.config, []byte(text), 0o600))
 	return s.config
 }
@@ -160,7 +165,7 @@ func TestCheckOfAHealthyDatabase(t *testing.T) {
 ✓ publication publication SLOT will be created
 ✓ slot        slot SLOT will be created
 ! limits      max_slot_wal_keep_size is not limited
-    → while walhook is down, WAL is kept until the disk is full; alter system set max_slot_wal_keep_size = '10GB' (less than the free space) puts the database first
+    → while walhook is down, WAL is kept until the disk is full. A limit below the free space puts the database first: alter system set max_slot_wal_keep_size = '10GB'; select pg_reload_conf()
 ✓ columns     "public"."outbox": id: id (uuid), type: event_type (text), key: aggregate_id (text), data: payload (jsonb), tenant: none, headers: none, time: created_at (timestamptz)
 ✓ schema      schema walhook will be created
 ✓ checkpoint  no checkpoint yet: the first start makes it
@@ -178,16 +183,16 @@ func TestCheckOfASickDatabase(t *testing.T) {
 	require.Equal(t, `✓ config      FILE: 1 source, 1 endpoint
 ✓ server      Postgres N, database DB
 ✗ wal_level   wal_level is replica, it must be logical
-    → alter system set wal_level = logical; then restart Postgres (on a managed service: the parameter rds.logical_replication, cloudsql.logical_decoding or its like)
+    → alter system set wal_level = logical; then restart Postgres
 ✗ role        role ROLE lacks REPLICATION
-    → alter role "ROLE" with replication (on Amazon RDS: grant rds_replication to "ROLE")
+    → alter role "ROLE" with replication
 ✗ table       table "public"."outbx" does not exist in database DB
     → did you mean public.outbox? create it, or correct outbox[].table (upper and lower case count)
 ✗ publication role ROLE may not create publication SLOT
     → as the owner of the tables: create publication "SLOT" with (publish = 'insert', publish_via_partition_root = true)
 ✓ slot        slot SLOT will be created
 ! limits      max_slot_wal_keep_size is not limited
-    → while walhook is down, WAL is kept until the disk is full; alter system set max_slot_wal_keep_size = '10GB' (less than the free space) puts the database first
+    → while walhook is down, WAL is kept until the disk is full. A limit below the free space puts the database first: alter system set max_slot_wal_keep_size = '10GB'; select pg_reload_conf()
 ✗ schema      schema walhook does not exist, and role ROLE may not create it
     → run the SQL that `+"`walhook init`"+` prints (walhook init --apply --admin-url 'postgres://…')
 ✓ checkpoint  no checkpoint yet: the first start makes it
@@ -592,7 +597,7 @@ func TestFindingsOfRareServers(t *testing.T) {
 	judge := func(change func(*cdc.Survey)) (warned, well, faulty string) {
 		s := &cdc.Survey{
 			Version: 170005, WALLevel: "logical", Replication: true, CreateDB: true, SlotsFree: 1, SendersFree: 1, KeepSize: 1024,
-			Application: "walhook", Around: &cdc.Around{},
+			Application: "walhook", SenderTimeout: time.Minute, Around: &cdc.Around{ConnectionLimit: -1},
 		}
 		change(s)
 		for _, f := range s.Findings(&cdc.Config{Slot: "walhook", Publication: "walhook", Create: true}) {
@@ -624,6 +629,26 @@ func TestFindingsOfRareServers(t *testing.T) {
 		{"unreserved", func(s *cdc.Survey) {
 			s.Slot = &cdc.Slot{Name: "walhook", Plugin: "pgoutput", WALStatus: "unreserved", Retained: 3 << 30}
 		}, "about to be lost: it keeps 3.0 GB"},
+		{"an old minor's own mending", func(s *cdc.Survey) { s.Version = 160008 }, "update to 16.9 or later"},
+		{"tiny limit", func(s *cdc.Survey) { s.KeepSize = 512 }, "max_slot_wal_keep_size is 512 MB"},
+		{"encrypted by chance", func(s *cdc.Survey) { s.Around.Remote, s.Around.Encrypted, s.Around.Fallback = true, true, true }, "encrypted, but need not be"},
+		{"no patience", func(s *cdc.Survey) { s.SenderTimeout = 2 * time.Second }, "wal_sender_timeout is 2s"},
+		{"endless patience", func(s *cdc.Survey) { s.SenderTimeout = 0 }, "wal_sender_timeout is off"},
+		{"password that expires", func(s *cdc.Survey) { s.Around.PasswordLeft = 48 * time.Hour }, "expires in 48h0m0s"},
+		{"long transaction", func(s *cdc.Survey) {
+			s.Around.Pinned = []cdc.Pin{{PID: 4711, Role: "app", App: "psql", Database: "shop", Age: time.Hour}}
+		}, "select pg_terminate_backend(4711)"},
+		{"prepared transaction", func(s *cdc.Survey) {
+			s.Around.Pinned = []cdc.Pin{{Prepared: "it's", Role: "app", Database: "shop", Age: time.Hour}}
+		}, "rollback prepared 'it''s'"},
+		{"replication through a pooler", func(s *cdc.Survey) { s.Around.Pooler = "a pooler" }, "it passes replication on"},
+		{"updates without a key", func(s *cdc.Survey) {
+			s.Publication = &cdc.Publication{Name: "walhook", Insert: true, Changes: true, ViaRoot: true, Owned: true}
+			s.Tables = []cdc.Found{{Table: cdc.Table{Schema: "public", Name: "outbox"}, OID: 1, Kind: 'r', Select: true, Published: true, Keyless: true}}
+		}, `set (publish = 'insert')`},
+		{"all tables", func(s *cdc.Survey) {
+			s.Publication = &cdc.Publication{Name: "walhook", AllTables: true, Insert: true, ViaRoot: true, Owned: true}
+		}, "publishes all tables"},
 		{"second instance without a connection", func(s *cdc.Survey) {
 			s.SendersFree = 0
 			s.Slot = &cdc.Slot{Name: "walhook", Plugin: "pgoutput", WALStatus: "reserved", ActivePID: 7}
@@ -637,11 +662,18 @@ func TestFindingsOfRareServers(t *testing.T) {
 		})
 	}
 	for name, change := range map[string]func(*cdc.Survey){
-		"clock nearly right":      func(s *cdc.Survey) { s.Clock = 29 * time.Second },
-		"clock asked from afar":   func(s *cdc.Survey) { s.Clock, s.Blur = 40*time.Second, 11*time.Second },
-		"another's standby":       func(s *cdc.Survey) { s.SyncNames = "walhook2, notwalhook" },
-		"encrypted":               func(s *cdc.Survey) { s.Around.Remote, s.Around.Encrypted = true, true },
-		"patched minor":           func(s *cdc.Survey) { s.Version = 160009 },
+		"clock nearly right":       func(s *cdc.Survey) { s.Clock = 29 * time.Second },
+		"clock asked from afar":    func(s *cdc.Survey) { s.Clock, s.Blur = 40*time.Second, 11*time.Second },
+		"another's standby":        func(s *cdc.Survey) { s.SyncNames = "walhook2, notwalhook" },
+		"encrypted":                func(s *cdc.Survey) { s.Around.Remote, s.Around.Encrypted = true, true },
+		"patched minor":            func(s *cdc.Survey) { s.Version = 160009 },
+		"short transaction":        func(s *cdc.Survey) { s.Around.Pinned = []cdc.Pin{{PID: 1, Age: 14 * time.Minute}} },
+		"CloudNativePG's patience": func(s *cdc.Survey) { s.SenderTimeout = 5 * time.Second },
+		"password of a year":       func(s *cdc.Survey) { s.Around.PasswordLeft = 8760 * time.Hour },
+		"updates with a key": func(s *cdc.Survey) {
+			s.Publication = &cdc.Publication{Name: "walhook", Insert: true, Changes: true, ViaRoot: true, Owned: true}
+			s.Tables = []cdc.Found{{Table: cdc.Table{Schema: "public", Name: "outbox"}, OID: 1, Kind: 'r', Select: true, Published: true}}
+		},
 		"idle timeout of a month": func(s *cdc.Survey) { s.Around.IdleTimeout = 30 * 24 * time.Hour },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -26,6 +26,7 @@ type initOptions struct {
 	adminURL string
 	role     string
 	grant    bool // the schema walhook is not the role's own
+	provider cdc.Provider
 }
 
 func initCommand(o *options) *cobra.Command {
@@ -35,7 +36,8 @@ func initCommand(o *options) *cobra.Command {
 		Short: "Print the SQL that a DBA runs once: role, grants, publication, schema",
 		Long: `Prints the SQL that a DBA runs once: the role, its grants, the schema walhook and the
 publication. Running it again changes nothing. After it, walhook needs a role with nothing but
-LOGIN, REPLICATION and these grants.`,
+LOGIN, REPLICATION and these grants. The SQL fits the provider of Postgres that the server shows,
+or --provider.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := o.load()
 			if err != nil {
@@ -48,6 +50,7 @@ LOGIN, REPLICATION and these grants.`,
 	cmd.Flags().StringVar(&in.adminURL, "admin-url", "", "run it through this database URL, as its role (default $WALHOOK_ADMIN_URL, then database.url)")
 	cmd.Flags().StringVar(&in.role, "role", "", "the role that walhook will connect as (default the user of database.url)")
 	cmd.Flags().BoolVar(&in.grant, "grant", false, "leave the schema walhook to the admin and only grant the role its use; later versions then need init again")
+	providerFlag(cmd, &in.provider)
 	return cmd
 }
 
@@ -91,6 +94,12 @@ func (in *initOptions) run(ctx context.Context, cfg *Config, out io.Writer) erro
 		look = ctx
 	}
 	p.known, err = cdc.LookAtRole(look, admin, p.role)
+	if p.provider = in.provider; p.provider == "" {
+		p.provider = p.known.Provider
+	}
+	if p.provider.PlainPassword() {
+		p.verifier = ""
+	}
 	if !in.apply {
 		p.print(out)
 		return nil
@@ -109,6 +118,7 @@ type setup struct {
 	grant    bool
 	apply    bool
 	known    cdc.RoleState // zero where the server was not asked
+	provider cdc.Provider  // empty where it is not known
 	cdc      cdc.Config
 }
 
@@ -121,7 +131,7 @@ type setupStep struct {
 
 func (p *setup) steps() []setupStep {
 	role := setupStep{title: "the role " + p.role, sql: cdc.RoleSQL(p.role, p.verifier)}
-	replication := setupStep{title: "its right to replicate", sql: cdc.ReplicationSQL(p.role)}
+	replication := setupStep{title: "its right to replicate", sql: cdc.ReplicationSQL(p.role, p.provider)}
 	grants := setupStep{title: "its rights on the database and the outbox", sql: cdc.GrantSQL(p.role, p.cdc.Tables)}
 	schema := setupStep{title: "the schema walhook", sql: store.SetupSQL()}
 	whose := setupStep{title: "the schema walhook is the role's own", sql: cdc.OwnerSQL(p.role)}
@@ -131,8 +141,11 @@ func (p *setup) steps() []setupStep {
 	if p.known.Exists {
 		role.skip = "exists"
 	}
-	if p.known.Replication {
+	switch {
+	case p.known.Replication:
 		replication.skip = "has it"
+	case !p.provider.MayReplicate(p.role, p.known.Version):
+		replication.skip = "not to be had: " + p.provider.Title() + " gives it to no role of one's own at this version of Postgres (use --role postgres)"
 	}
 	if p.apply && p.known.Itself { // what is printed, somebody else will run
 		const itself = "is the role that runs this"
@@ -146,13 +159,19 @@ func (p *setup) steps() []setupStep {
 }
 
 func (p *setup) print(w io.Writer) {
-	fmt.Fprintf(w, `-- What walhook needs, to be run once in database %s by a superuser, or by the owner of the
--- outbox tables who may also create roles. Running it again changes nothing.
+	at := ""
+	if p.provider != "" && p.provider != cdc.Plain {
+		at = " at " + p.provider.Title()
+	}
+	fmt.Fprintf(w, `-- What walhook needs%s, to be run once in database %s by
+-- %s.
+-- Running it again changes nothing.
 --
 --   walhook init | psql --set ON_ERROR_STOP=1 'postgres://…/…'     or     walhook init --apply --admin-url 'postgres://…/…'
 --
--- The server needs wal_level = logical. walhook check tells what is still missing.
-`, oneLine(p.database))
+-- The server needs wal_level = logical, and walhook check tells what is still missing:
+-- %s
+`, at, oneLine(p.database), p.provider.Admin(), p.provider.WALLevel())
 	for i, st := range p.steps() {
 		fmt.Fprintf(w, "\n-- %d. %s\n", i+1, oneLine(st.title))
 		sql := strings.TrimSpace(st.sql)
@@ -161,8 +180,14 @@ func (p *setup) print(w io.Writer) {
 			sql = "-- " + strings.ReplaceAll(sql, "\n", "\n-- ")
 		}
 		fmt.Fprintln(w, sql)
-		if i == 0 && p.verifier == "" && st.skip == "" {
+		if i > 0 || st.skip != "" {
+			continue
+		}
+		if p.verifier == "" && !p.provider.PlainPassword() {
 			fmt.Fprintf(w, "-- Give it the password of database.url; in psql:  \\password %s\n", oneLine(p.role))
+		}
+		if note := p.provider.RoleNote(p.role); note != "" {
+			fmt.Fprintf(w, "-- %s\n", oneLine(note))
 		}
 	}
 	fmt.Fprintf(w, "\n-- The slot: walhook makes it at its first start (cdc.create), and REPLICATION is enough for that.\n-- Without cdc.create, when all of the above is there:\n-- %s", cdc.SlotSQL(p.cdc.Slot))
@@ -201,19 +226,27 @@ func (p *setup) runOn(ctx context.Context, admin string, out io.Writer) error {
 		if !reached {
 			return fmt.Errorf("init: %w", err)
 		}
-		return errors.New("init stopped there; " + applyRemedy(err))
+		return errors.New("init stopped there; " + p.applyRemedy(err))
 	}
 	if p.verifier == "" && !p.known.Exists {
-		fmt.Fprintf(out, "! role %s has no password yet: alter role … password '…', as in database.url\n", p.role)
+		note := "alter role … password '…', as in database.url"
+		if p.provider.PlainPassword() {
+			note = p.provider.RoleNote(p.role)
+		}
+		fmt.Fprintf(out, "! role %s has no password yet: %s\n", p.role, note)
 	}
 	fmt.Fprintln(out, "walhook check tells what is still missing")
 	return nil
 }
 
-func applyRemedy(err error) string {
+func (p *setup) applyRemedy(err error) string {
 	switch text := err.Error(); {
 	case strings.Contains(text, "SQLSTATE 42501"):
-		return "it needs a superuser, or the owner of the tables who may create roles: walhook init --apply --admin-url 'postgres://…'"
+		remedy := "it needs " + p.provider.Admin() + ": walhook init --apply --admin-url 'postgres://…'"
+		if note := p.provider.RoleNote(p.role); note != "" && !p.known.Exists {
+			remedy += ". " + note
+		}
+		return remedy
 	case strings.Contains(text, "SQLSTATE 55P03"):
 		return "a long transaction writes to the outbox, so it could not be locked; run it again"
 	case strings.Contains(text, "SQLSTATE 42P01"), strings.Contains(text, "SQLSTATE 3F000"):

@@ -16,8 +16,9 @@ import (
 )
 
 const (
-	// maxConns is a lane's write, the drain's reads, the checkpoint and a command side by side.
-	maxConns = 6
+	// Connections are what a Store opens at most: a lane's write, the drain's reads, the checkpoint and a
+	// command side by side.
+	Connections = 6
 	// connectTimeout holds where the URL has no connect_timeout.
 	connectTimeout = 10 * time.Second
 	// callTimeout bounds every call, so that a server that vanished is noticed.
@@ -73,7 +74,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		s.log = zap.NewNop()
 	}
 	poolConfig.ConnConfig = conn
-	poolConfig.MaxConns = maxConns
+	poolConfig.MaxConns = Connections
 	poolConfig.MaxConnIdleTime = 5 * time.Minute
 	poolConfig.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
 		fresh, err := connConfig(cfg.URL)
