@@ -2,6 +2,7 @@ package cdc
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,6 +69,46 @@ func TestCheckTellsWhetherAStandbyIsReady(t *testing.T) {
 	require.NoError(t, primary.Set(t.Context(), map[string]string{"synchronized_standby_slots": ""}))
 	texts, _ = l.said()
 	require.Contains(t, fmt.Sprint(texts), "synchronized_standby_slots is empty")
+}
+
+// What is said of a standby is what sets it right: run there as it stands, it is not said again.
+func TestWhatCheckSaysSetsAStandbyRight(t *testing.T) {
+	t.Parallel()
+	primary, standby, l := pair(t)
+	conninfo := func(database string) map[string]string {
+		return map[string]string{"primary_conninfo": fmt.Sprintf("host=127.0.0.1 port=%d user=postgres application_name=standby_1%s", primary.Port(), database)}
+	}
+	for _, c := range []struct {
+		wrong map[string]string
+		says  string
+	}{
+		{map[string]string{"hot_standby_feedback": "off"}, "there: alter system set hot_standby_feedback = on; select pg_reload_conf()"},
+		{map[string]string{"sync_replication_slots": "off"}, "there: alter system set sync_replication_slots = on; select pg_reload_conf()"},
+	} {
+		require.NoError(t, standby.Set(t.Context(), c.wrong))
+		texts, _ := l.said()
+		require.Contains(t, texts[0], c.says)
+		set, _, _ := strings.Cut(strings.TrimPrefix(c.says, "there: "), ";")
+		pgtest.Exec(t, standby.URL(), set)
+		require.NoError(t, standby.Reload(t.Context()))
+		texts, _ = l.said()
+		require.NotContains(t, texts[0], c.says)
+	}
+	require.NoError(t, standby.Set(t.Context(), conninfo("")))
+	texts, _ := l.said()
+	require.Contains(t, texts[0], "there: alter system set primary_conninfo = '<as it is> dbname=postgres'")
+	require.NoError(t, standby.Set(t.Context(), conninfo(" dbname=postgres")))
+	texts, _ = l.said()
+	require.NotContains(t, texts[0], "primary_conninfo = ")
+
+	require.NoError(t, primary.Set(t.Context(), map[string]string{"synchronized_standby_slots": ""}))
+	texts, _ = l.said()
+	const says = "on the primary: alter system set synchronized_standby_slots = 'standby_1'; select pg_reload_conf()"
+	require.Contains(t, fmt.Sprint(texts), says)
+	pgtest.Exec(t, primary.URL(), "alter system set synchronized_standby_slots = 'standby_1'")
+	require.NoError(t, primary.Reload(t.Context()))
+	texts, _ = l.said()
+	require.NotContains(t, fmt.Sprint(texts), says)
 }
 
 // A walsender that waits for a standby looks like an idle one.
