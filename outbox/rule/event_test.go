@@ -55,6 +55,7 @@ func TestFilters(t *testing.T) {
 		`data.tags.join('-') == 'new-eu' && data.email.replace('@', ' at ') == 'a+b at example.com'`:                                     true,
 		`'äbcäb'.indexOf('b') == 1 && 'äbcäb'.lastIndexOf('ä') == 3 && 'äbcäb'.indexOf('b', 2) == 4 && 'äbcäb'.lastIndexOf('b', 3) == 1`: true,
 		`[1, 1.0, 2, data.one].distinct() == [1, 2]`: true,
+		`base64.decode('aGVsbG8=') == b'hello' && base64.decode('aGVsbG8') == b'hello' && base64.encode(b'hello') == 'aGVsbG8='`: true,
 	} {
 		f, err := CompileFilter(src)
 		require.NoError(t, err, src)

@@ -1,6 +1,7 @@
 package rule
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
@@ -23,8 +24,17 @@ const (
 var errMade = fmt.Errorf("a text longer than %d MiB", maxMade>>20)
 
 // functions are those of CEL's extensions whose own form would let a cheap call run for hours or fill the
-// memory, with the same names and results, and the few that walhook adds.
+// memory, with the same names and results, and the few that walhook adds. base64 is here since ext.Encoders
+// brings a YAML parser along: half a megabyte in the program, and a few lines of YAML may stand for gigabytes.
 var functions = []cel.EnvOption{
+	cel.Function("base64.decode",
+		cel.Overload("base64_decode_string", []*cel.Type{cel.StringType}, cel.BytesType,
+			cel.UnaryBinding(func(s ref.Val) ref.Val { return decodeBase64(string(s.(types.String))) }))),
+	cel.Function("base64.encode",
+		cel.Overload("base64_encode_bytes", []*cel.Type{cel.BytesType}, cel.StringType,
+			cel.UnaryBinding(func(b ref.Val) ref.Val {
+				return types.String(base64.StdEncoding.EncodeToString(b.(types.Bytes)))
+			}))),
 	cel.Function("replace",
 		cel.MemberOverload("string_replace_string_string", []*cel.Type{cel.StringType, cel.StringType, cel.StringType}, cel.StringType,
 			cel.FunctionBinding(func(args ...ref.Val) ref.Val { return replace(args, -1) })),
@@ -66,6 +76,18 @@ var functions = []cel.EnvOption{
 			cel.UnaryBinding(func(s ref.Val) ref.Val {
 				return types.String(appendPercent(nil, string(s.(types.String)), "-._~", false))
 			}))),
+}
+
+// decodeBase64 reads the standard alphabet, with padding or without.
+func decodeBase64(s string) ref.Val {
+	b, err := base64.StdEncoding.DecodeString(s)
+	if err != nil {
+		b, err = base64.RawStdEncoding.DecodeString(s)
+	}
+	if err != nil {
+		return types.WrapErr(err)
+	}
+	return types.Bytes(b)
 }
 
 func replace(args []ref.Val, n int64) ref.Val {

@@ -51,7 +51,6 @@ var base = sync.OnceValues(func() (*cel.Env, error) {
 		ext.Strings(),
 		ext.Math(),
 		ext.Lists(ext.ListsVersion(4), ext.ListsMaxRangeSize(maxList)),
-		ext.Encoders(ext.EncodersVersion(0)), // later ones read YAML, where a few lines may stand for gigabytes
 		ext.Bindings(),
 		cel.CrossTypeNumericComparisons(true),
 		cel.DefaultUTCTimeZone(true),
