@@ -9,7 +9,7 @@ MINUTES   ?= 10
 PG_BINS   ?= $(wildcard /usr/lib/postgresql/*/bin)
 
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commitID=$(COMMIT)
+export VERSION COMMIT
 TOOLS   := bin/tools
 # What would turn a connection to a throwaway Postgres elsewhere.
 unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABASE PGOPTIONS
@@ -17,7 +17,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench microbench lint lint-full fmt chart chart-docs ci deps clean
+.PHONY: help demo build image-size test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench microbench lint lint-full fmt chart chart-docs ci deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,10 @@ demo: build ## the whole thing on a throwaway Postgres, about 35 s; ARGS=--exit=
 	@bin/walhook demo --exit $(ARGS)
 
 build: ## bin/walhook, static
-	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o bin/walhook ./cmd/walhook
+	@.ci/build bin/walhook
+
+image-size: build ## that the image stays below 25 MB
+	@.ci/image-size bin/walhook
 
 test: ## all tests with the race detector, on the Postgres of this machine (PKG=, TESTFLAGS=)
 	@.ci/deps cc postgres

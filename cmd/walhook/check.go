@@ -41,8 +41,17 @@ func checkCommand(o *options) *cobra.Command {
 ✓ is well, ! may hurt some day, ✗ keeps walhook from working; below ! and ✗ stands what to do.
 What to do differs from one provider of Postgres to the next: whose it is, the server shows, and
 --provider overrides. The exit code is 0 without any ✗, 1 with one, and 2 where the config is
-broken; with --strict a ! counts as a ✗.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), c, cmd.OutOrStdout()) },
+broken; with --strict a ! counts as a ✗.
+
+With --live it only asks the instance on this machine whether it works, at the configuration's
+server.listen: the health check of a container.`,
+	}
+	asksLive := cmd.Flags().Bool("live", false, "only ask the walhook that runs here whether it works")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *asksLive {
+			return live(cmd.Context(), o, cmd.OutOrStdout())
+		}
+		return check(cmd.Context(), c, cmd.OutOrStdout())
 	}
 	cmd.Flags().StringVarP(&o.output, "output", "o", "table", "table or json")
 	cmd.Flags().BoolVar(&c.strict, "strict", false, "exit with 1 for a warning too")
@@ -165,7 +174,7 @@ func report(w io.Writer, form string, provider cdc.Provider, results []result) e
 		enc.SetIndent("", "  ")
 		return enc.Encode(struct {
 			Status   grade        `json:"status"`
-			Provider cdc.Provider `json:"provider"`
+			Provider cdc.Provider `json:"provider,omitempty"`
 			Results  []result     `json:"results"`
 		}{worst, provider, results})
 	}
