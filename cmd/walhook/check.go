@@ -174,7 +174,7 @@ func report(w io.Writer, form string, provider cdc.Provider, results []result) e
 		enc.SetIndent("", "  ")
 		return enc.Encode(struct {
 			Status   grade        `json:"status"`
-			Provider cdc.Provider `json:"provider,omitempty"`
+			Provider cdc.Provider `json:"provider"`
 			Results  []result     `json:"results"`
 		}{worst, provider, results})
 	}
