@@ -97,7 +97,7 @@ func (t *target) element(e *outbox.Event) (*body, *unsendable) {
 	if !validID(e.ID) {
 		return nil, badID
 	}
-	b, _, bad := t.render(e)
+	b, _, bad := t.render(e, nil)
 	switch {
 	case bad != nil:
 		return nil, bad

@@ -43,7 +43,8 @@ func (t *target) structured(e *outbox.Event) (*body, *unsendable) {
 		if len(e.Data) == 0 {
 			return nil, notJSON
 		}
-		return enveloped(append(head, `,"data":`...), e.Data), nil
+		b := enveloped(append(head, `,"data":`...), e.Data)
+		return &b, nil
 	}
 	// A payload too large is not made larger first.
 	const around = len(`,"data_base64":""}`)

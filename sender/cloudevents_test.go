@@ -116,7 +116,7 @@ func TestALargePayloadIsNotCopied(t *testing.T) {
 	ev.Data = []byte(`"` + strings.Repeat("x", 1<<19) + `"`)
 	for _, format := range []outbox.Format{outbox.FormatStandard, outbox.FormatRaw, outbox.FormatCloudEvents, outbox.FormatCloudEventsBinary} {
 		to := &target{endpoint: endpoint("https://x.example/", func(e *outbox.Endpoint) { e.Format = format })}
-		b, _, bad := to.render(ev)
+		b, _, bad := to.render(ev, nil)
 		require.Nil(t, bad)
 		require.True(t, slices.ContainsFunc(b.parts[:], func(part []byte) bool { return len(part) == len(ev.Data) && &part[0] == &ev.Data[0] }), format)
 	}

@@ -96,7 +96,13 @@ type message struct {
 	url    *url.URL
 	fields []field
 	body   *body
+
+	lent   body   // that body may be: it ends with the attempt, and is written over by the next one
+	buffer []byte // of it
 }
+
+// maxLent is how large a buffer a message keeps for the next one, in bytes.
+const maxLent = 32 << 10
 
 // field is a header with its value. Names are spelled as they are sent.
 type field struct{ name, value string }
@@ -106,7 +112,10 @@ var messages = sync.Pool{New: func() any { return new(message) }}
 // free gives the message back. Its body and its values may live on, and are nobody's to change.
 func (m *message) free() {
 	clear(m.fields)
-	*m = message{fields: m.fields[:0]}
+	*m = message{fields: m.fields[:0], buffer: m.buffer}
+	if cap(m.buffer) > maxLent {
+		m.buffer = nil
+	}
 	messages.Put(m)
 }
 
@@ -141,6 +150,9 @@ func (m *message) request(ctx context.Context, t *target) *http.Request {
 	if _, given := header[headerIdempotencyKey]; !given {
 		header[headerIdempotencyKey] = nil // never sent, but has net/http repeat a POST whose idle connection turns out to be closed
 	}
+	if m.body == &m.lent {
+		m.body = &body{parts: [3][]byte{bytes.Clone(m.lent.parts[0]), m.lent.parts[1], m.lent.parts[2]}}
+	}
 	req := t.base.WithContext(ctx)
 	req.URL, req.Header = m.url, header
 	req.ContentLength = m.body.size()
@@ -162,7 +174,7 @@ func (t *target) write(m *message, a outbox.Attempt, together *batch, now time.T
 		}
 	} else {
 		var bad *unsendable
-		if m.body, contentType, bad = t.render(a.Event); bad != nil {
+		if m.body, contentType, bad = t.render(a.Event, m); bad != nil {
 			return bad
 		}
 		if !validID(id) {
@@ -231,8 +243,9 @@ var (
 	noType         = &unsendable{outbox.ReasonBadRequest, "the event has no type, which CloudEvents demands"}
 )
 
-// render makes the body of an event in the endpoint's format, and its content type.
-func (t *target) render(e *outbox.Event) (b *body, contentType string, bad *unsendable) {
+// render makes the body of an event in the endpoint's format, and its content type. The body may be lent by m,
+// where that is not nil.
+func (t *target) render(e *outbox.Event, m *message) (b *body, contentType string, bad *unsendable) {
 	switch transform, format := &t.endpoint.Transform, t.endpoint.Format; {
 	case transform.Body != nil || transform.Form != nil:
 		b, contentType, bad = t.transformBody(e)
@@ -240,7 +253,7 @@ func (t *target) render(e *outbox.Event) (b *body, contentType string, bad *unse
 		b, contentType = &body{parts: [3][]byte{e.Data}}, dataType(e)
 	case format == outbox.FormatStandard:
 		contentType = "application/json"
-		b, bad = standardBody(e)
+		b, bad = standardBody(e, m)
 	case format == outbox.FormatCloudEvents:
 		contentType = typeCloudEvents
 		b, bad = t.structured(e)
@@ -276,7 +289,7 @@ func dataType(e *outbox.Event) string {
 }
 
 // standardBody is the format of Standard Webhooks. The order of its members is part of the contract.
-func standardBody(e *outbox.Event) (*body, *unsendable) {
+func standardBody(e *outbox.Event, m *message) (*body, *unsendable) {
 	if !e.JSON || len(e.Data) == 0 {
 		return nil, notJSON
 	}
@@ -284,24 +297,35 @@ func standardBody(e *outbox.Event) (*body, *unsendable) {
 	if len(e.Data) <= oneWrite {
 		room += len(e.Data)
 	}
-	head := append(make([]byte, 0, room), `{"type":`...)
+	var head []byte
+	if m != nil && room <= cap(m.buffer) {
+		head = m.buffer[:0]
+	} else {
+		head = make([]byte, 0, room)
+	}
+	head = append(head, `{"type":`...)
 	head = appendJSONString(head, e.Type)
 	head = append(head, `,"timestamp":"`...)
 	head, ok := appendTime(head, e)
 	if !ok {
 		return nil, noTime
 	}
-	return enveloped(append(head, `","data":`...), e.Data), nil
+	b := enveloped(append(head, `","data":`...), e.Data)
+	if m == nil {
+		return &b, nil
+	}
+	m.lent, m.buffer = b, b.parts[0]
+	return &m.lent, nil
 }
 
 var envelopeEnd = []byte{'}'}
 
 // enveloped is a body of a payload behind a head and before a brace; a large payload is not copied.
-func enveloped(head, data []byte) *body {
+func enveloped(head, data []byte) body {
 	if len(data) <= oneWrite {
-		return &body{parts: [3][]byte{append(append(head, data...), '}')}}
+		return body{parts: [3][]byte{append(append(head, data...), '}')}}
 	}
-	return &body{parts: [3][]byte{head, data, envelopeEnd}}
+	return body{parts: [3][]byte{head, data, envelopeEnd}}
 }
 
 // appendTime appends the event's time, or its commit's where it has none. ok is false where

@@ -209,7 +209,7 @@ func FuzzEnvelope(f *testing.F) {
 	f.Fuzz(func(t *testing.T, typ, data string) {
 		ev := event()
 		ev.Type, ev.Data, ev.JSON = typ, []byte(data), json.Valid([]byte(data))
-		b, _, bad := (&target{endpoint: endpoint("https://x.example/")}).render(ev)
+		b, _, bad := (&target{endpoint: endpoint("https://x.example/")}).render(ev, nil)
 		if bad != nil {
 			require.False(t, ev.JSON)
 			return
