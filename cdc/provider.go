@@ -57,6 +57,7 @@ type house struct {
 	// parameter says how a parameter of the server is set, where own does not say it.
 	parameter func(parameter) string
 	own       map[string]string
+	confirmed []string // parameters of which its documentation says that they may be set; nil where all may
 	// replicate lets the role replicate.
 	replicate func(role string) string
 	// direct is the address without a pooler in between.
@@ -150,7 +151,8 @@ var houses = map[Provider]house{
 	RDS: {
 		title: "Amazon RDS or Aurora", managed: true,
 		admin: "the master user, or another member of rds_superuser who owns the outbox tables",
-		sign:  "rds", roles: []string{"rds_superuser", "rds_replication", "rdsadmin"}, hosts: []string{".rds.amazonaws.com", ".rds.amazonaws.com.cn"},
+		sign:  "rds", roles: []string{"rds_superuser", "rds_replication", "rdsadmin"}, hosts: []string{".rds.amazonaws.com", ".amazonaws.com.cn"},
+		confirmed: []string{"max_replication_slots", "max_wal_senders", "sync_replication_slots", "hot_standby_feedback", "synchronized_standby_slots"},
 		parameter: func(p parameter) string {
 			set := "in the DB parameter group of the instance (Aurora: the DB cluster parameter group): " + p.name + " = " + p.number
 			if p.restart {
@@ -173,6 +175,7 @@ var houses = map[Provider]house{
 		title: "Google Cloud SQL", managed: true,
 		admin: "the user postgres, or another with cloudsqlsuperuser who owns the outbox tables",
 		sign:  "cloudsql", roles: []string{"cloudsqlsuperuser", "cloudsqladmin"}, hosts: []string{".sql.goog"},
+		confirmed: []string{"cloudsql.logical_decoding"},
 		parameter: func(p parameter) string {
 			set := "edit the instance, Flags: " + p.name + " = " + p.number
 			if p.restart {
@@ -195,6 +198,7 @@ var houses = map[Provider]house{
 		title: "Azure Database for PostgreSQL", managed: true,
 		admin: "the server's admin, a member of azure_pg_admin, who owns the outbox tables",
 		sign:  "azure", roles: []string{"azure_pg_admin", "azuresu"}, hosts: []string{".postgres.database.azure.com", ".postgres.database.chinacloudapi.cn"},
+		confirmed: []string{"wal_level", "max_replication_slots", "max_wal_senders", "idle_replication_slot_timeout", "hot_standby_feedback"},
 		parameter: func(p parameter) string {
 			set := "Server parameters: " + p.name + " = " + p.number + ", save"
 			if p.restart {
@@ -203,8 +207,10 @@ var houses = map[Provider]house{
 			return set
 		},
 		own: map[string]string{
-			"max_slot_wal_keep_size": "Azure keeps max_slot_wal_keep_size at -1 and lets nobody change it: have yourself told of storage that fills up, and drop the slot when walhook goes for good (walhook drop-slot)",
+			"max_slot_wal_keep_size": "Azure keeps max_slot_wal_keep_size at -1 and lets nobody change it: have yourself told of storage that fills up. " +
+				"When it does, Azure drops slots that nobody reads",
 		},
+		standby:   "Azure's high availability does not carry logical slots over, says its page, which names the extension pg_failover_slots; without it, cdc.recover tells what walhook does",
 		replicate: attribute, // by the admin, a member of azure_pg_admin
 		direct: func(r Route) string {
 			return "the same host at port 5432 (6432 is its PgBouncer)" + r.at(r.Host, 5432)
@@ -215,11 +221,12 @@ var houses = map[Provider]house{
 		admin: "the role postgres", alone: "postgres", aloneTo: 170000,
 		roles: []string{"supabase_admin"}, hosts: []string{".supabase.co", ".supabase.com"},
 		parameter: func(p parameter) string {
-			set := "supabase --experimental --project-ref <ref> postgres-config update --config " + p.name + "=" + p.yaml()
-			if p.restart {
-				set += ", which restarts the database"
+			self := " (self-hosted: alter system set " + p.name + " = " + p.value + ")"
+			switch p.name {
+			case "max_replication_slots", "max_wal_senders", "max_slot_wal_keep_size", "wal_sender_timeout": // what its CLI knows
+				return "supabase --experimental --project-ref <ref> postgres-config update --config " + p.name + "=" + p.yaml() + ", which restarts the database" + self
 			}
-			return set + " (self-hosted: alter system set " + p.name + " = " + p.value + ")"
+			return "ask Supabase for " + p.name + " = " + p.yaml() + self
 		},
 		own: map[string]string{
 			"wal_level": "ask Supabase for wal_level = logical (self-hosted: alter system set wal_level = logical; then restart Postgres)",
@@ -241,7 +248,7 @@ var houses = map[Provider]house{
 		title: "Neon", managed: true, relays: true, plain: true,
 		admin: "a member of neon_superuser, as the roles of the Neon Console are, who owns the outbox tables",
 		note: func(role string) string {
-			return "Neon takes a password only as it is (psql's \\password does not work): alter role " + quoteName(role) + " password '<as in database.url>'"
+			return "A role made in the Neon Console, its CLI or API can replicate in any case; of one made by SQL that is not sure. Neon takes a password only as it is (psql's \\password does not work): alter role " + quoteName(role) + " password '<as in database.url>'"
 		},
 		sign: "neon", roles: []string{"neon_superuser"}, hosts: []string{".neon.tech"},
 		parameter: func(p parameter) string {
@@ -253,7 +260,7 @@ var houses = map[Provider]house{
 				"walhook then says that its slot is lost, and cdc.recover tells what it does",
 		},
 		replicate: func(role string) string {
-			return "as a member of neon_superuser: alter role " + quoteName(role) + " with replication (roles made in the Console, the CLI or the API have it)"
+			return "use a role made in the Neon Console, its CLI or API: those have the right. For one made by SQL, as a member of neon_superuser, where Neon lets you: alter role " + quoteName(role) + " with replication"
 		},
 		direct: func(r Route) string {
 			if host, found := strings.CutSuffix(strings.SplitN(r.Host+".", ".", 2)[0], "-pooler"); found {
@@ -304,7 +311,11 @@ func (p Provider) set(param parameter) string {
 	if own, has := h.own[param.name]; has {
 		return own
 	}
-	return h.parameter(param)
+	set := h.parameter(param)
+	if h.confirmed != nil && !slices.Contains(h.confirmed, param.name) {
+		set += " (where it may be set there, of which we found no word)"
+	}
+	return set
 }
 
 // limit says how the WAL that slots keep is limited, in sentences of its own.

@@ -54,7 +54,7 @@ func TestAdviceForEveryFaultAtEveryProvider(t *testing.T) {
 		},
 		"replication": {
 			Plain: `alter role "walhook" with replication`, RDS: `grant rds_replication to "walhook"`, CloudSQL: `alter role "walhook" with replication`,
-			Azure: `alter role "walhook" with replication`, Supabase: `as the role postgres: alter role "walhook" with replication`, Neon: `as a member of neon_superuser: alter role "walhook" with replication`,
+			Azure: `alter role "walhook" with replication`, Supabase: `as the role postgres: alter role "walhook" with replication`, Neon: `as a member of neon_superuser, where Neon lets you: alter role "walhook" with replication`,
 			CloudNativePG: `spec.managed.roles: [{name: "walhook", ensure: present, login: true, replication: true`,
 		},
 		"slots": {
@@ -74,31 +74,31 @@ func TestAdviceForEveryFaultAtEveryProvider(t *testing.T) {
 		},
 		"idle": {
 			Plain: "alter system set idle_replication_slot_timeout = 0; select pg_reload_conf()", RDS: "idle_replication_slot_timeout = 0", CloudSQL: "Flags: idle_replication_slot_timeout = 0",
-			Azure: "Server parameters: idle_replication_slot_timeout = 0", Supabase: "idle_replication_slot_timeout=0", Neon: "ask its support for idle_replication_slot_timeout = 0",
+			Azure: "Server parameters: idle_replication_slot_timeout = 0", Supabase: "ask Supabase for idle_replication_slot_timeout = 0", Neon: "ask its support for idle_replication_slot_timeout = 0",
 			CloudNativePG: `parameters.idle_replication_slot_timeout: "0"`,
 		},
 		"patience": {
-			Plain: "alter system set wal_sender_timeout = '60s'; select pg_reload_conf()", RDS: "wal_sender_timeout = 60000", CloudSQL: "Flags: wal_sender_timeout = 60000",
+			Plain: "alter system set wal_sender_timeout = '60s'; select pg_reload_conf()", RDS: "wal_sender_timeout = 60000 (where it may be set there", CloudSQL: "Flags: wal_sender_timeout = 60000",
 			Azure: "Server parameters: wal_sender_timeout = 60000", Supabase: "wal_sender_timeout=60s", Neon: "ask its support for wal_sender_timeout = 60s",
 			CloudNativePG: `parameters.wal_sender_timeout: "60s"`,
 		},
 		"synchronous": {
 			Plain: "alter system set synchronous_standby_names = 'a, b'; select pg_reload_conf()", RDS: "synchronous_standby_names = a, b", CloudSQL: "synchronous_standby_names = a, b",
-			Azure: "synchronous_standby_names = a, b", Supabase: "synchronous_standby_names=a, b", Neon: "ask its support for synchronous_standby_names = a, b",
+			Azure: "synchronous_standby_names = a, b", Supabase: "ask Supabase for synchronous_standby_names = a, b", Neon: "ask its support for synchronous_standby_names = a, b",
 			CloudNativePG: "spec.postgresql.synchronous",
 		},
 		"standbys": {
 			Plain: "alter system set synchronized_standby_slots = 'a,b'; select pg_reload_conf()", RDS: "synchronized_standby_slots = a,b", CloudSQL: "synchronized_standby_slots = a,b",
-			Azure: "synchronized_standby_slots = a,b", Supabase: "synchronized_standby_slots=a,b", Neon: "ask its support for synchronized_standby_slots = a,b",
+			Azure: "synchronized_standby_slots = a,b", Supabase: "ask Supabase for synchronized_standby_slots = a,b", Neon: "ask its support for synchronized_standby_slots = a,b",
 			CloudNativePG: "synchronizeLogicalDecoding: true",
 		},
 		"sync": {
 			Plain: "there: alter system set sync_replication_slots = on; select pg_reload_conf()", RDS: "rds.logical_slot_sync_dbname", CloudSQL: "Enterprise Plus",
-			Azure: "Server parameters: sync_replication_slots = on", Supabase: "sync_replication_slots=on", Neon: "ask its support", CloudNativePG: `sync_replication_slots: "on"`,
+			Azure: "does not carry logical slots over", Supabase: "ask Supabase for sync_replication_slots = on", Neon: "ask its support", CloudNativePG: `sync_replication_slots: "on"`,
 		},
 		"feedback": {
 			Plain: "there: alter system set hot_standby_feedback = on; select pg_reload_conf()", RDS: "hot_standby_feedback = 1", CloudSQL: "Enterprise Plus",
-			Azure: "Server parameters: hot_standby_feedback = on", Supabase: "hot_standby_feedback=on", Neon: "ask its support", CloudNativePG: `hot_standby_feedback: "on"`,
+			Azure: "does not carry logical slots over", Supabase: "ask Supabase for hot_standby_feedback = on", Neon: "ask its support", CloudNativePG: `hot_standby_feedback: "on"`,
 		},
 		"pooler": {
 			Plain: "which the pooler reaches at 10.0.0.5:5432", RDS: "the endpoint of the DB instance", CloudSQL: "port 5432",
@@ -154,6 +154,7 @@ func TestRouteTellsProviderAndPooler(t *testing.T) {
 	}{
 		{"shop.c9.eu-west-1.rds.amazonaws.com", 5432, RDS, "a pooler", false},
 		{"shop.proxy-c9.eu-west-1.rds.amazonaws.com", 5432, RDS, "RDS Proxy", true},
+		{"shop.c9.rds.cn-north-1.amazonaws.com.cn", 5432, RDS, "a pooler", false},
 		{"shop.postgres.database.azure.com", 5432, Azure, "a pooler", false},
 		{"shop.postgres.database.azure.com", 6432, Azure, "PgBouncer or its like", false},
 		{"db.abcd.supabase.co", 5432, Supabase, "a pooler", false},

@@ -167,7 +167,7 @@ func TestProviderCanBeNamed(t *testing.T) {
 	code, out, _ := s.walhook("check", "--provider", "neon")
 	require.Equal(t, exitFailed, code)
 	requireLine(t, out, "✓", "server", "(advice for Neon)", "")
-	requireLine(t, out, "✗", "role", "lacks REPLICATION", "as a member of neon_superuser: alter role")
+	requireLine(t, out, "✗", "role", "lacks REPLICATION", "as a member of neon_superuser, where Neon lets you: alter role")
 	code, _, errs := s.walhook("check", "--provider", "heroku")
 	require.Equal(t, exitUsage, code)
 	require.Contains(t, errs, "want plain, rds, cloudsql, azure, supabase, neon, cloudnativepg")
