@@ -17,7 +17,7 @@ unexport PGSSLMODE PGSERVICE PGTARGETSESSIONATTRS PGHOST PGPORT PGUSER PGDATABAS
 export GOFLAGS := $(filter-out -buildvcs%,$(shell go env GOFLAGS)) -buildvcs=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build image-size test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench microbench lint lint-full fmt chart chart-docs ci deps clean
+.PHONY: help demo build image-size test judges test-matrix torture soak soak-stop soak-transaction soak-slot soak-failover soak-shutdown soak-takeover fuzz bench microbench lint lint-full fmt chart chart-docs ci deps clean dist sbom image chart-package release-check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -128,6 +128,22 @@ chart: $(addprefix $(TOOLS)/,helm helm-unittest kubeconform helm-docs promrules 
 chart-docs: $(TOOLS)/helm-docs ## the chart's README from its values
 	$(TOOLS)/helm-docs --chart-search-root charts
 
+dist: ## dist/: walhook for each system that is released, with checksums; VERSION=
+	@.ci/dist
+
+sbom: build $(TOOLS)/cyclonedx-gomod ## dist/: the modules that the program was built from, as it says itself, in CycloneDX
+	@mkdir -p dist
+	$(TOOLS)/cyclonedx-gomod bin -json -licenses -noserial -version $(VERSION) -output dist/walhook_$(VERSION:v%=%).cdx.json bin/walhook
+
+image: ## the container image, with docker or buildah (ENGINE=, IMAGE=, PLATFORMS=linux/amd64,linux/arm64, PUSH=1)
+	@.ci/image
+
+chart-package: $(TOOLS)/helm ## dist/: the chart as an archive
+	$(TOOLS)/helm package charts/walhook --destination dist
+
+release-check: ## that TAG=v1.2.3, the chart and the changelog have the same version
+	@.ci/release-check $(TAG)
+
 ci: ## what CI does, from installing to testing
 	@.ci/run
 
@@ -135,7 +151,7 @@ deps: ## install what tests need and this machine lacks
 	@.ci/deps make cc postgres
 
 clean: ## remove what was built
-	rm -rf bin
+	rm -rf bin dist
 
 $(TOOLS)/staticcheck $(TOOLS)/gofumpt: .ci/tools/go.mod .ci/tools/go.sum
 	GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/tools install $(if $(filter %/gofumpt,$@),mvdan.cc/gofumpt,honnef.co/go/tools/cmd/staticcheck)
@@ -150,6 +166,10 @@ $(TOOLS)/golangci-lint: Makefile
 $(TOOLS)/helm $(TOOLS)/helm-unittest $(TOOLS)/kubeconform: .ci/chart/go.mod .ci/chart/go.sum
 	-CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/chart install -trimpath -ldflags "-s -w" $(if $(filter %/helm,$@),helm.sh/helm/v4/cmd/helm,$(if $(filter %/kubeconform,$@),github.com/yannh/kubeconform/cmd/kubeconform,github.com/helm-unittest/helm-unittest/cmd/helm-unittest))
 	-@touch -c $@
+
+$(TOOLS)/cyclonedx-gomod: Makefile
+	GOBIN=$(CURDIR)/$(TOOLS) go install github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.9.0
+	@touch $@
 
 $(TOOLS)/promrules $(TOOLS)/kubeschemas: .ci/charttools/go.mod .ci/charttools/go.sum $(wildcard .ci/charttools/*/*.go)
 	-CGO_ENABLED=0 GOBIN=$(CURDIR)/$(TOOLS) go -C .ci/charttools install -trimpath -ldflags "-s -w" ./$(@F)
