@@ -1,6 +1,9 @@
 package main
 
 import (
+	"math"
+
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"go.uber.org/zap"
 
 	"github.com/walhook/walhook/outbox"
@@ -58,4 +61,20 @@ func attemptsWanted(endpoints []*outbox.Endpoint) int {
 		all += e.Concurrency
 	}
 	return min(all, max(enoughAttempts, len(endpoints)))
+}
+
+// memoryShare is the part of a container's memory that the heap and the runtime may have before the collector
+// works harder. The rest is for what it does not count: the program's own pages, sockets.
+const memoryShare = 0.8
+
+// keepWithinMemory has the collector know of the container's memory limit, or else it would let the heap grow to twice what
+// is in use, and the kernel end the process. GOMEMLIMIT, where somebody has set it, stays as it is.
+func keepWithinMemory(log *zap.Logger, container memlimit.Provider) {
+	limit, err := memlimit.Set(memlimit.WithRatio(memoryShare), memlimit.WithProvider(container))
+	switch {
+	case err != nil: // a host without cgroups
+		log.Debug("the memory limit cannot be told", zap.Error(err))
+	case limit < math.MaxInt64:
+		log.Info("memory limit", zap.Int64("go_memory_limit_bytes", limit))
+	}
 }

@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"testing"
 	"unsafe"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -100,6 +102,23 @@ func startBy(t *testing.T, shell, config string, change ...func(*exec.Cmd)) *pro
 }
 
 // docs/faults.md 102, 125, 134: four hundred endpoints, each on an address of its own, with 256 descriptors.
+func TestTheCollectorKnowsTheContainersMemory(t *testing.T) {
+	before := debug.SetMemoryLimit(-1)
+	t.Cleanup(func() { debug.SetMemoryLimit(before) })
+	container := func() (uint64, error) { return 1000 << 20, nil }
+	keepWithinMemory(zap.NewNop(), container)
+	require.EqualValues(t, 800<<20, debug.SetMemoryLimit(-1))
+
+	t.Setenv("GOMEMLIMIT", "123MiB") // which the runtime has read by itself
+	debug.SetMemoryLimit(123 << 20)
+	keepWithinMemory(zap.NewNop(), container)
+	require.EqualValues(t, 123<<20, debug.SetMemoryLimit(-1))
+
+	require.NoError(t, os.Unsetenv("GOMEMLIMIT"))
+	keepWithinMemory(zap.NewNop(), func() (uint64, error) { return 0, memlimit.ErrNoCgroup })
+	require.EqualValues(t, 123<<20, debug.SetMemoryLimit(-1), "a host without cgroups changes nothing")
+}
+
 func TestFewDescriptorsAreEnoughForManyEndpoints(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
@@ -61,6 +62,7 @@ func runCommand(o *options) *cobra.Command {
 			defer func() { _ = log.Sync() }()
 			defer zap.RedirectStdLog(log)() // net/http speaks there of what receivers send unasked
 			hostLimits().say(log, cfg.Endpoints)
+			keepWithinMemory(log, memlimit.FromCgroup)
 			s := newSidecar(cfg, o, log)
 			s.once, s.lines = once, lines
 			s.tracing = newTracing(o.env, log)
