@@ -1031,7 +1031,7 @@ func (r *reader) run(ctx context.Context) error {
 				return err
 			}
 		}
-		if r.s.wake.Load() || time.Now().After(r.deadline) {
+		if r.s.wake.Load() || r.heard.After(r.deadline) { // heard is now, but behind a timeout, where the deadline is zero
 			if err := r.timer(ctx); err != nil {
 				return err
 			}

@@ -1049,6 +1049,9 @@ func (l *Lane) wantNext(q *queue) {
 // reads little, and only when what it read before is done and written: a store that can be read
 // and not written would else come to stand in memory as a whole.
 func (l *Lane) load() {
+	if len(l.keys) == 0 && l.nextDue.IsZero() && (l.state != draining || !l.more) {
+		return // as on most calls: nothing of it is in the store
+	}
 	ahead := min(max(8*l.limit*max(1, l.ep.Batch.MaxEvents), 32), 2*scanPage)
 	if l.loading || l.state == parking || l.loaded > ahead/2 && l.ready.len() > 0 || !l.mayWork() {
 		return

@@ -200,22 +200,27 @@ func (l *Ledger) Release(s *span, e *Event) {
 	l.wake()
 }
 
-// wake tells who waits for room that there is some.
+// wake tells who waits for room that there is some: for several events, or a full buffer would be one hand-over for each.
 func (l *Ledger) wake() {
-	if !l.full.Load() || !l.fits() {
+	if !l.full.Load() || !l.fits(roomAtOnce) {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.room != nil && l.fits() {
+	if l.room != nil && l.fits(roomAtOnce) {
 		close(l.room)
 		l.room, l.fullSince = nil, time.Time{}
 		l.full.Store(false)
 	}
 }
 
-func (l *Ledger) fits() bool {
-	return l.came.events.Load() < l.window.Load() && l.came.bytes.Load() < l.maxBytes*3/4
+// roomAtOnce is for how many events there is to be room, once it ran out.
+const roomAtOnce = 32
+
+// fits tells whether there is room for so many events, or for an eighth of the window where that is less.
+func (l *Ledger) fits(events int64) bool {
+	window := l.window.Load()
+	return l.came.events.Load() <= window-max(1, min(events, window/8)) && l.came.bytes.Load() < l.maxBytes*3/4
 }
 
 // mayRead tells whether there is room for more of what the store holds. It has a room of its own,
@@ -229,14 +234,14 @@ func (l *Ledger) tight() bool { return l.full.Load() || !l.mayRead() }
 
 // Room is nil while there is room for an event, else a channel that is closed when there is.
 func (l *Ledger) Room() <-chan struct{} {
-	if l.fits() {
+	if l.fits(1) {
 		return nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.room == nil {
 		l.full.Store(true)
-		if l.fits() { // asked again now that every Release looks, so that none is missed
+		if l.fits(1) { // asked again now that every Release looks, so that none is missed
 			l.full.Store(false)
 			return nil
 		}
@@ -267,16 +272,16 @@ func (l *Ledger) Started(wait time.Duration) {
 	}
 }
 
-// Adapt sizes the window so that an event waits in memory for no more than half of target
+// Adapt sizes the window so that an event waits in memory for about a fifteenth of target
 // where the machine itself is the limit: otherwise a backlog that we read faster than we send
-// would grow old in memory and be parked for nothing. The shortest wait decides, so one slow
-// endpoint does not narrow the window for the others.
+// would grow old in memory and be parked for nothing, and fill memory to no gain. The shortest wait
+// decides, so one slow endpoint does not narrow the window for the others.
 func (l *Ledger) Adapt(target time.Duration) {
 	switch w := time.Duration(l.wait.Swap(-1)); {
 	case w < 0:
-	case w > target/2:
+	case w > target/10:
 		l.window.Store(max(min(minWindow, l.maxEvents), l.window.Load()*3/4))
-	case w < target/4:
+	case w < target/20:
 		l.window.Store(min(l.maxEvents, l.window.Load()*5/4+64))
 		l.wake()
 	}

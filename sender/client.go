@@ -114,8 +114,8 @@ func (tr *transport) CloseIdleConnections() {
 }
 
 // takes tells whether a request goes by a wire.
-func (tr *transport) takes(t *target, m *message) bool {
-	return tr != nil && t.wired && m.body.size() <= maxWireBody && tr.wires.know(t, time.Now())
+func (tr *transport) takes(t *target, m *message, now time.Time) bool {
+	return tr != nil && t.wired && m.body.size() <= maxWireBody && tr.wires.know(t, now)
 }
 
 // learn notes what an answer shows of its host.
@@ -235,7 +235,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 		span = c.span(parent, m, t, a, together, begin)
 	}
 	defer t.pool.used()
-	if seen == nil && t.pool.takes(t, m) {
+	if seen == nil && t.pool.takes(t, m, begin) {
 		return c.postByWire(parent, t, m, begin, span)
 	}
 	return c.postByNetHTTP(parent, t, m, begin, span, seen)
@@ -244,7 +244,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 // postByWire is post over HTTP/1.1, which needs neither a context nor a timer of its own.
 func (c *Client) postByWire(parent context.Context, t *target, m *message, begin time.Time, span trace.Span) (outbox.Outcome, effect) {
 	deadline := begin.Add(t.endpoint.Timeout)
-	w, got, err := t.pool.wires.exchange(parent, t, m, deadline)
+	w, got, err := t.pool.wires.exchange(parent, t, m, begin, deadline)
 	now := time.Now()
 	r := result{status: got.status, retryAfter: got.retryAfter, err: err}
 	if err != nil {

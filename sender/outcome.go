@@ -42,13 +42,13 @@ func judge(r result, e *outbox.Endpoint, now time.Time) (outbox.Outcome, effect)
 	if r.status == 0 && r.err != nil {
 		return judgeError(r, e, now)
 	}
+	if r.status/100 == 2 {
+		return outbox.Outcome{Verdict: outbox.Delivered, Status: r.status}, success
+	}
 	o := outbox.Outcome{Verdict: outbox.Retry, Reason: outbox.ReasonStatus, Status: r.status, Detail: statusDetail(r.status)}
 	if r.status < 100 || r.status > 599 {
 		o.Reason, o.Detail = outbox.ReasonProtocol, "the answer's status "+strconv.Itoa(r.status)+" is not one of HTTP"
 		return o, failure
-	}
-	if r.status/100 == 2 {
-		return outbox.Outcome{Verdict: outbox.Delivered, Status: r.status}, success
 	}
 	o.RetryAfter = parseRetryAfter(r.retryAfter, now)
 	counts := failure

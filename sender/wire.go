@@ -115,9 +115,9 @@ func (ws *wires) learn(address string, http1 bool, now time.Time) {
 
 // exchange makes the request and reads the head of the answer, until the deadline, or the parent's end. It is made
 // again where a connection that was kept turns out to be dead: see trip.
-func (ws *wires) exchange(parent context.Context, t *target, m *message, deadline time.Time) (*wire, reply, error) {
+func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (*wire, reply, error) {
 	for tries := 1; ; tries++ {
-		w, err := ws.get(parent, t, deadline)
+		w, err := ws.get(parent, t, begin, deadline)
 		if err != nil {
 			return nil, reply{}, err
 		}
@@ -141,8 +141,7 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, deadlin
 }
 
 // get takes an idle connection, or makes one.
-func (ws *wires) get(parent context.Context, t *target, deadline time.Time) (*wire, error) {
-	now := time.Now()
+func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time) (*wire, error) {
 	for w := ws.take(t.address); w != nil; w = ws.take(t.address) {
 		if now.Sub(w.idleAt) < quietAfter || w.quiet() {
 			return w, nil
@@ -428,7 +427,7 @@ func (ws *wires) done(w *wire, now, deadline time.Time) {
 		return
 	}
 	w.reused = true
-	ws.put(w)
+	ws.put(w, now)
 }
 
 // drained reads a small body to its end, within bodyTime. Nothing that happens here matters: the answer was its status.
@@ -504,8 +503,8 @@ func (ws *wires) remove(w *wire) {
 }
 
 // put keeps a connection, and closes the one that has been idle for longest where there are too many.
-func (ws *wires) put(w *wire) {
-	w.idleAt = time.Now()
+func (ws *wires) put(w *wire, now time.Time) {
+	w.idleAt = now
 	var extra *wire
 	ws.mu.Lock()
 	switch stack := ws.idle[w.address]; {

@@ -204,7 +204,7 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 		near, other := net.Pipe()
 		w := &wire{Conn: near, address: address, reused: true}
 		far[w] = other
-		ws.put(w)
+		ws.put(w, time.Now())
 		return w
 	}
 	closed := func(w *wire) bool {
@@ -218,10 +218,10 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 	require.Nil(t, ws.take("x"))
 	require.Same(t, c, ws.take("a"))
 	require.Nil(t, ws.take("a"))
-	ws.put(c)
+	ws.put(c, time.Now())
 	require.Equal(t, 3, ws.aged(idleConnTimeout/2))
 	c = ws.take("a")
-	ws.put(c)
+	ws.put(c, time.Now())
 	require.Equal(t, 3, ws.aged(idleConnTimeout/2+time.Second))
 	ws.expire()
 	require.True(t, closed(b) && closed(d))
