@@ -41,6 +41,7 @@ type lab struct {
 	nextID   int64  // of the next event; never used twice
 	made     int    // databases
 	running  []*process
+	outages  []*outage // of scenario 6, for 7
 }
 
 func openLab(ctx context.Context, o options, progress io.Writer) (*lab, error) {
@@ -126,6 +127,11 @@ func (l *lab) close() (err error) {
 		return err
 	}
 	return errors.Join(err, os.RemoveAll(l.dir))
+}
+
+// wants tells whether a scenario is to be run.
+func (l *lab) wants(scenario int) bool {
+	return len(l.options.only) == 0 || slices.Contains(l.options.only, scenario)
 }
 
 // rows is a number of rows at the chosen scale.

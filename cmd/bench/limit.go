@@ -33,8 +33,7 @@ const (
 	fastHTTP = "fasthttp"
 )
 
-// ours is the client that walhook sends with, and so the one whose limit counts.
-const ours = netHTTP
+var clients = []string{netHTTP, fastHTTP}
 
 // limitOrder says what a limit is to do.
 type limitOrder struct {

@@ -16,6 +16,10 @@ type database struct {
 	url  string
 	slot string // also the publication
 	conn *pgx.Conn
+
+	// What else is to stand in walhook's configuration: of the outbox table, as ", columns: {…}",
+	// and sections, each with its line's end.
+	columns, sections string
 }
 
 const schema = `

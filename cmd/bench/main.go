@@ -124,6 +124,9 @@ var scenarios = []scenario{
 	{1, "drain", drain},
 	{2, "drain, in other forms", drainForms},
 	{3, "steady", steady},
+	{4, "three of ten endpoints are sick", sick},
+	{6, "a dead endpoint under a full drain", dead},
+	{7, "its recovery", recovery},
 }
 
 // measure runs the scenarios. The report has what was measured also where it ends with an error.
@@ -134,7 +137,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (report *Report
 	}
 	defer func() { err = errors.Join(err, l.close()) }()
 	for _, s := range scenarios {
-		if len(o.only) > 0 && !slices.Contains(o.only, s.number) {
+		if !l.wants(s.number) {
 			continue
 		}
 		began := time.Now()

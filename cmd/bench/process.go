@@ -75,8 +75,9 @@ func (p *process) ended() error {
 
 // usage is what a process has used since its start.
 type usage struct {
-	cpu  time.Duration // user and system
-	peak int64         // resident bytes at most
+	cpu      time.Duration // user and system
+	peak     int64         // resident bytes at most
+	resident int64         // bytes now
 }
 
 // used is the usage now, or, where the system does not tell of others, known false.

@@ -24,10 +24,11 @@ func processUsage(pid int) (u usage, known bool) {
 	if err != nil {
 		return u, false
 	}
-	var okCPU, okPeak bool
+	var okCPU, okPeak, okResident bool
 	u.cpu, okCPU = cpuOfStat(string(stat))
-	u.peak, okPeak = peakOfStatus(string(status))
-	return u, okCPU && okPeak
+	u.peak, okPeak = ofStatus(string(status), "VmHWM:")
+	u.resident, okResident = ofStatus(string(status), "VmRSS:")
+	return u, okCPU && okPeak && okResident
 }
 
 // cpuOfStat is utime + stime, the 14th and 15th field; the second, the name, may hold anything.
@@ -45,10 +46,10 @@ func cpuOfStat(stat string) (time.Duration, bool) {
 	return time.Duration(user+system) * clockTick, errUser == nil && errSystem == nil
 }
 
-// peakOfStatus is VmHWM in bytes.
-func peakOfStatus(status string) (int64, bool) {
+// ofStatus is a line of /proc/PID/status, in bytes.
+func ofStatus(status, name string) (int64, bool) {
 	for line := range strings.Lines(status) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+		if rest, ok := strings.CutPrefix(line, name); ok {
 			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
 			return kib << 10, err == nil
 		}

@@ -15,10 +15,14 @@ func TestUsageIsReadWhateverTheNameOfTheProgram(t *testing.T) {
 	require.Equal(t, 1750*time.Millisecond, cpu)
 	_, ok = cpuOfStat("42 (a")
 	require.False(t, ok)
-	peak, ok := peakOfStatus("Name:\tx\nVmPeak:\t  9 kB\nVmHWM:\t   65536 kB\nVmRSS:\t 5 kB\n")
+	status := "Name:\tx\nVmPeak:\t  9 kB\nVmHWM:\t   65536 kB\nVmRSS:\t 5 kB\n"
+	peak, ok := ofStatus(status, "VmHWM:")
 	require.True(t, ok)
 	require.EqualValues(t, 64<<20, peak)
-	_, ok = peakOfStatus("Name:\tx\n")
+	resident, ok := ofStatus(status, "VmRSS:")
+	require.True(t, ok)
+	require.EqualValues(t, 5<<10, resident)
+	_, ok = ofStatus("Name:\tx\n", "VmHWM:")
 	require.False(t, ok)
 }
 
@@ -26,7 +30,8 @@ func TestUsageOfAProcessThatRuns(t *testing.T) {
 	t.Parallel()
 	u, known := processUsage(os.Getpid())
 	require.True(t, known)
-	require.Greater(t, u.peak, int64(1<<20))
+	require.Greater(t, u.resident, int64(1<<20))
+	require.GreaterOrEqual(t, u.peak, u.resident)
 	_, known = processUsage(-1)
 	require.False(t, known)
 }

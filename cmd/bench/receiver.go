@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/valyala/fasthttp"
+	"golang.org/x/sync/errgroup"
 )
 
 const roleReceiver = "receiver"
@@ -30,11 +31,22 @@ type expectation struct {
 	Signed bool  `json:"signed,omitempty"` // each thousandth signature is checked
 	Batch  bool  `json:"batch,omitempty"`  // bodies are arrays
 	Timed  bool  `json:"timed,omitempty"`  // each receipt's latency is kept
+
+	Conduct map[string]conduct `json:"conduct,omitempty"` // by path; elsewhere the answer is 204, at once
+}
+
+// conduct is how the receiver answers on a path. What it refuses or leaves hanging is no receipt.
+type conduct struct {
+	Delay  time.Duration `json:"delay,omitempty"`  // before the answer
+	Status int           `json:"status,omitempty"` // instead of 204
+	Hang   bool          `json:"hang,omitempty"`   // no answer until the bench expects something else
+	Aside  bool          `json:"aside,omitempty"`  // not counted, whatever the answer
 }
 
 // observations are what a receiver has seen.
 type observations struct {
 	Requests  int64 `json:"requests"`
+	Refused   int64 `json:"refused"`   // of them: answered with another status, or not at all
 	Bytes     int64 `json:"bytes"`     // of all requests, headers and bodies
 	Distinct  int64 `json:"distinct"`  // deliveries
 	Repeated  int64 `json:"repeated"`  // of them
@@ -71,6 +83,7 @@ type receiver struct {
 
 	mu      sync.Mutex // guards what follows
 	want    expectation
+	changed chan struct{} // closed when the bench expects something else
 	got     observations
 	inboxes map[string]*inbox
 }
@@ -81,7 +94,7 @@ func playReceiver(s *stage) error {
 	if err != nil {
 		return err
 	}
-	r := &receiver{stage: s, inboxes: map[string]*inbox{}}
+	r := &receiver{stage: s, inboxes: map[string]*inbox{}, changed: make(chan struct{})}
 	server := &fasthttp.Server{
 		Handler:                       r.serve,
 		DisableHeaderNamesNormalizing: true,
@@ -91,16 +104,32 @@ func playReceiver(s *stage) error {
 		ReadBufferSize:                16 << 10,
 		MaxRequestBodySize:            64 << 20,
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(ln) }()
+	var serving errgroup.Group
+	listeners := []net.Listener{ln}
+	serving.Go(func() error { return server.Serve(ln) })
 	if err := s.say(word{Event: "ready", Addr: ln.Addr().String()}); err != nil {
 		return err
 	}
 	for {
 		var o order
 		if err := s.orders.Decode(&o); err != nil {
-			_ = ln.Close()
-			return <-failed
+			r.expect(expectation{})
+			for _, ln := range listeners {
+				_ = ln.Close()
+			}
+			return serving.Wait()
+		}
+		if o.Do == "open" {
+			ln, err := net.Listen("tcp", o.Addr)
+			if err != nil {
+				return err
+			}
+			listeners = append(listeners, ln)
+			serving.Go(func() error { return server.Serve(ln) })
+			if err := s.say(word{Event: "open"}); err != nil {
+				return err
+			}
+			continue
 		}
 		if err := r.obey(o); err != nil {
 			return err
@@ -108,18 +137,28 @@ func playReceiver(s *stage) error {
 	}
 }
 
+// expect forgets all that was, and lets go whoever was left hanging.
+func (r *receiver) expect(e expectation) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.want = e
+	if r.want.Target == 0 {
+		r.want.Target = int64(r.want.Count)
+	}
+	r.got = observations{}
+	r.inboxes = map[string]*inbox{}
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
 func (r *receiver) obey(o order) error {
+	if o.Do == "expect" {
+		r.expect(*o.Expect)
+		return r.stage.say(word{Event: "expecting"})
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch o.Do {
-	case "expect":
-		r.want = *o.Expect
-		if r.want.Target == 0 {
-			r.want.Target = int64(r.want.Count)
-		}
-		r.got = observations{}
-		r.inboxes = map[string]*inbox{}
-		return r.stage.say(word{Event: "expecting"})
 	case "count":
 		return r.stage.say(word{Event: "counted", Count: r.got.Distinct, Reached: r.got.Distinct >= r.want.Target})
 	case "result":
@@ -132,12 +171,34 @@ func (r *receiver) obey(o order) error {
 func (r *receiver) serve(ctx *fasthttp.RequestCtx) {
 	now := time.Now().UnixNano()
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
+	c, changed := r.receive(ctx, now)
+	if c.Status != 0 {
+		ctx.SetStatusCode(c.Status)
+	}
+	if c.Hang {
+		<-changed
+	}
+	if c.Delay > 0 {
+		time.Sleep(c.Delay)
+	}
+}
+
+// receive counts a request, and says how to answer it.
+func (r *receiver) receive(ctx *fasthttp.RequestCtx, now int64) (c conduct, changed <-chan struct{}) {
 	body := ctx.PostBody()
 	id := ctx.Request.Header.Peek("webhook-id")
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	c, changed = r.want.Conduct[string(ctx.Path())], r.changed
+	if c.Aside {
+		return c, changed
+	}
 	r.got.Requests++
+	if c.Status != 0 || c.Hang {
+		r.got.Refused++
+		return c, changed
+	}
 	r.got.Bytes += int64(len(ctx.Request.Header.RawHeaders()) + len(body))
 	if r.want.Signed && r.got.Requests%signatureSample == 1 && !signed(&ctx.Request.Header, id, body) {
 		r.got.Unsigned++
@@ -149,9 +210,10 @@ func (r *receiver) serve(ctx *fasthttp.RequestCtx) {
 	}
 	if r.want.Batch {
 		eachInBatch(body, func(id []byte) { r.note(box, id, body, now) })
-		return
+		return c, changed
 	}
 	r.note(box, id, body, now)
+	return c, changed
 }
 
 // note counts one event. The lock is held.

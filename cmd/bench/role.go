@@ -19,6 +19,7 @@ type order struct {
 	Do     string       `json:"do"`
 	Limit  *limitOrder  `json:"limit,omitempty"`
 	Expect *expectation `json:"expect,omitempty"`
+	Addr   string       `json:"addr,omitempty"` // of open: where to listen too
 }
 
 // word is what a role says, as a line of JSON.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 )
 
 // form is one way to fill the outbox and to send what is in it.
@@ -34,6 +35,7 @@ type measured struct {
 	perEvent float64 // bytes of a request, headers and body
 	requests int64
 	seen     *observations
+	written  written
 }
 
 // round is what all took turns at, on the same WAL.
@@ -60,11 +62,10 @@ func (db *database) drainRound(ctx context.Context, f form, number int, sends bo
 		return r, err
 	}
 	e := expectation{First: first, Count: f.rows}
-	clients := []struct{ name, slot string }{{netHTTP, "net"}, {fastHTTP, "fast"}}
 	limits := func() error {
-		for _, c := range clients {
-			o := limitOrder{Count: f.rows, Database: db.url, Slot: slots[c.slot], Publication: db.slot, Client: c.name, Workers: drainWorkers, URL: l.url("limit")}
-			if r.chain[c.name], err = l.limit(ctx, roleChain, o, &e); err != nil {
+		for i, client := range clients {
+			o := limitOrder{Count: f.rows, Database: db.url, Slot: slots[[]string{"net", "fast"}[i]], Publication: db.slot, Client: client, Workers: drainWorkers, URL: l.url("limit")}
+			if r.chain[client], err = l.limit(ctx, roleChain, o, &e); err != nil {
 				return err
 			}
 		}
@@ -93,9 +94,9 @@ func (db *database) drainRound(ctx context.Context, f form, number int, sends bo
 		return r, err
 	}
 	if sends {
-		for _, c := range clients {
-			o := limitOrder{Count: f.rows, Client: c.name, Workers: drainWorkers, URL: l.url("limit"), First: first, Size: f.size}
-			if r.send[c.name], err = l.limit(ctx, roleSend, o, &e); err != nil {
+		for _, client := range clients {
+			o := limitOrder{Count: f.rows, Client: client, Workers: drainWorkers, URL: l.url("limit"), First: first, Size: f.size}
+			if r.send[client], err = l.limit(ctx, roleSend, o, &e); err != nil {
 				return r, err
 			}
 		}
@@ -107,20 +108,41 @@ func (db *database) drainRound(ctx context.Context, f form, number int, sends bo
 
 // drainOwn is walhook's turn.
 func (db *database) drainOwn(ctx context.Context, f form, label string, e expectation) (m measured, err error) {
+	return db.deliver(ctx, label, e, nil, db.lab.endpoint("drain", f.settings...))
+}
+
+// deliver has walhook run until the receiver has seen all that it is to expect. meanwhile, if
+// there is any, begins when walhook streams.
+func (db *database) deliver(ctx context.Context, label string, e expectation, meanwhile func(*sidecar) error, endpoints ...string) (m measured, err error) {
 	l := db.lab
 	if err := l.expect(ctx, e); err != nil {
 		return m, err
 	}
-	s, err := db.walhook(ctx, label, l.endpoint("drain", f.settings...))
+	before, err := db.written(ctx)
 	if err != nil {
 		return m, err
 	}
-	if err := l.reached(ctx, s.process); err != nil {
+	s, err := db.walhook(ctx, label, endpoints...)
+	if err != nil {
+		return m, err
+	}
+	if meanwhile != nil {
+		err = meanwhile(s)
+	}
+	if err == nil {
+		err = l.reached(ctx, s.process)
+	}
+	if err != nil {
 		return m, fmt.Errorf("%w; the end of walhook's log: %s", err, s.tail())
 	}
 	if m.usage, err = s.end(); err != nil {
 		return m, err
 	}
+	after, err := db.written(ctx)
+	if err != nil {
+		return m, err
+	}
+	m.written = after.since(before)
 	err = l.take(ctx, &m, e)
 	return m, err
 }
@@ -209,23 +231,30 @@ func drain(ctx context.Context, l *lab) error {
 		limit := each(of)
 		l.report.compare(f.name, "deliveries", median(own), "/s", median(limit), name, median(ratios(own, limit)), d)
 	}
-	for _, client := range []string{netHTTP, fastHTTP} {
+	chained := func(client string) []float64 {
+		return each(func(r *round) float64 { return r.chain[client].rate })
+	}
+	faster := netHTTP
+	if median(chained(fastHTTP)) > median(chained(netHTTP)) {
+		faster = fastHTTP
+	}
+	for _, client := range clients {
 		d := demand{}
-		if client == ours {
+		if client == faster {
 			d = atLeast(0.9)
 		}
 		against("chain "+client, func(r *round) float64 { return r.chain[client].rate }, d)
 	}
-	for _, client := range []string{netHTTP, fastHTTP} {
+	for _, client := range clients {
 		against("send "+client, func(r *round) float64 { return r.send[client].rate }, demand{})
 	}
 	against("read", func(r *round) float64 { return r.read.rate }, demand{})
 	cpu := each(func(r *round) float64 { return r.walhook.cpu })
-	for _, client := range []string{netHTTP, fastHTTP} {
+	for _, client := range clients {
 		limit := each(func(r *round) float64 { return r.chain[client].cpu })
 		l.report.compare(f.name, "CPU a delivery", median(cpu), "µs", median(limit), "chain "+client, median(ratios(cpu, limit)), demand{})
 	}
-	for _, client := range []string{netHTTP, fastHTTP} {
+	for _, client := range clients {
 		limit := each(func(r *round) float64 { return r.send[client].cpu })
 		l.report.compare(f.name, "CPU a delivery", median(cpu), "µs", median(limit), "send "+client, median(ratios(cpu, limit)), demand{})
 	}
@@ -234,12 +263,16 @@ func drain(ctx context.Context, l *lab) error {
 	peak, limit := 0.0, 0.0
 	for _, r := range rounds {
 		peak = max(peak, mebibytes(r.walhook.usage.peak))
-		limit = max(limit, mebibytes(r.chain[ours].usage.peak))
+		limit = max(limit, mebibytes(r.chain[faster].usage.peak))
 	}
 	l.report.add(f.name, "peak RSS", peak, "MiB", atMost(64))
-	l.report.add(f.name, "peak RSS of chain "+ours, limit, "MiB", demand{})
+	l.report.add(f.name, "peak RSS of chain "+faster, limit, "MiB", demand{})
 	size := each(func(r *round) float64 { return r.walhook.perEvent })
-	chain := each(func(r *round) float64 { return r.chain[ours].perEvent })
+	written := each(func(r *round) float64 { return float64(r.walhook.written.all) })
+	l.report.add(f.name, "rows written to the database", median(written), "", demand{})
+	parked := each(func(r *round) float64 { return float64(r.walhook.written.parked) })
+	l.report.add(f.name, "parked", slices.Max(parked), "", demand{})
+	chain := each(func(r *round) float64 { return r.chain[faster].perEvent })
 	l.report.compare(f.name, "bytes a request", median(size), "", median(chain), "chain", median(ratios(size, chain)), demand{})
 	last := rounds[len(rounds)-1]
 	l.report.Plots = append(l.report.Plots, ratePlot("1-throughput", "Drain: deliveries a second",
@@ -259,8 +292,8 @@ func (l *lab) drainRounds(ctx context.Context, f form, rounds int, sends bool) (
 			return nil, err
 		}
 		all = append(all, r)
-		l.say("%s, round %d: walhook %s/s, chain %s %s/s, %s %s/s, read %s/s", f.name, i+1, number(math.Round(r.walhook.rate)),
-			netHTTP, number(math.Round(r.chain[netHTTP].rate)), fastHTTP, number(math.Round(r.chain[fastHTTP].rate)), number(math.Round(r.read.rate)))
+		l.say("%s, round %d: walhook %s/s, chain %s %s/s, %s %s/s, read %s/s; %d parked", f.name, i+1, number(math.Round(r.walhook.rate)),
+			netHTTP, number(math.Round(r.chain[netHTTP].rate)), fastHTTP, number(math.Round(r.chain[fastHTTP].rate)), number(math.Round(r.read.rate)), r.walhook.written.parked)
 	}
 	return all, db.drop(ctx)
 }
@@ -287,13 +320,17 @@ func drainForms(ctx context.Context, l *lab) error {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
 		r := rounds[0]
-		for _, client := range []string{netHTTP, fastHTTP} {
+		for _, client := range clients {
 			chain := r.chain[client]
 			l.report.compare(f.name, "deliveries", r.walhook.rate, "/s", chain.rate, "chain "+client, r.walhook.rate/chain.rate, demand{})
 		}
 		l.report.compare(f.name, "deliveries", r.walhook.rate, "/s", r.read.rate, "read", r.walhook.rate/r.read.rate, demand{})
-		l.report.compare(f.name, "CPU a delivery", r.walhook.cpu, "µs", r.chain[ours].cpu, "chain "+ours, r.walhook.cpu/r.chain[ours].cpu, demand{})
+		for _, client := range clients {
+			chain := r.chain[client]
+			l.report.compare(f.name, "CPU a delivery", r.walhook.cpu, "µs", chain.cpu, "chain "+client, r.walhook.cpu/chain.cpu, demand{})
+		}
 		l.report.add(f.name, "peak RSS", mebibytes(r.walhook.usage.peak), "MiB", demand{})
+		l.report.add(f.name, "parked", float64(r.walhook.written.parked), "", demand{})
 		if f.batch {
 			l.report.add(f.name, "events a request", float64(r.walhook.seen.Distinct)/float64(r.walhook.requests), "", demand{})
 		}

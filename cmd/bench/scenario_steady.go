@@ -23,29 +23,14 @@ func (l *lab) steadyAt(ctx context.Context, rate int, span time.Duration) error 
 	if err != nil {
 		return err
 	}
-	s, err := db.walhook(ctx, fmt.Sprintf("%s-steady-%d", db.slot, rate), l.endpoint("steady"))
-	if err != nil {
-		return err
-	}
 	rows := int(float64(rate) * span.Seconds())
 	e := expectation{First: l.takeIDs(rows), Count: rows, Keys: keys, Signed: true, Timed: true}
-	if err := l.expect(ctx, e); err != nil {
+	var load loadResult
+	m, err := db.deliver(ctx, fmt.Sprintf("%s-steady-%d", db.slot, rate), e, func(*sidecar) (err error) {
+		load, err = db.steady(ctx, e.First, rows, rate, keys, 1000)
 		return err
-	}
-	load, err := db.steady(ctx, e.First, rows, rate, keys, 1000)
-	if err == nil {
-		err = l.reached(ctx, s.process)
-	}
+	}, l.endpoint("steady"))
 	if err != nil {
-		return fmt.Errorf("%w; the end of walhook's log: %s", err, s.tail())
-	}
-	u, err := s.end()
-	if err != nil {
-		return err
-	}
-	var m measured
-	m.usage = u
-	if err := l.take(ctx, &m, e); err != nil {
 		return err
 	}
 	of := fmt.Sprintf("%d/s", rate)
@@ -60,7 +45,8 @@ func (l *lab) steadyAt(ctx context.Context, rate int, span time.Duration) error 
 	l.report.add(of, "INSERT p50, beside it", float64(insert)/1e6, "ms", demand{})
 	l.report.add(of, fmt.Sprintf("sent more than %s late", lateAfter), float64(load.late)/float64(rows)*100, "%", demand{})
 	l.report.add(of, "CPU a delivery", m.cpu, "µs", demand{})
-	l.report.add(of, "peak RSS", mebibytes(u.peak), "MiB", demand{})
+	l.report.add(of, "peak RSS", mebibytes(m.usage.peak), "MiB", demand{})
+	l.report.add(of, "parked", float64(m.written.parked), "", demand{})
 	l.report.Plots = append(l.report.Plots,
 		latencyPlot(fmt.Sprintf("3-latency-%d", rate), fmt.Sprintf("Steady %d/s: commit → receipt", rate), m.seen),
 		ratePlot(fmt.Sprintf("3-throughput-%d", rate), fmt.Sprintf("Steady %d/s: deliveries a second", rate), curve{"walhook", m.seen.Rate}))

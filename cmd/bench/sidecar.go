@@ -29,8 +29,8 @@ const startPatience = 60 * time.Second
 func (db *database) walhook(ctx context.Context, label string, endpoints ...string) (s *sidecar, err error) {
 	l := db.lab
 	var text strings.Builder
-	fmt.Fprintf(&text, "database: {url: %q}\ncdc: {slot: %s, publication: %s}\noutbox: [{table: public.outbox}]\n", db.url, db.slot, db.slot)
-	text.WriteString("server: {listen: \"127.0.0.1:0\"}\nendpoints:\n")
+	fmt.Fprintf(&text, "database: {url: %q}\ncdc: {slot: %s, publication: %s}\noutbox: [{table: public.outbox%s}]\n", db.url, db.slot, db.slot, db.columns)
+	text.WriteString("server: {listen: \"127.0.0.1:0\"}\n" + db.sections + "endpoints:\n")
 	for _, e := range endpoints {
 		text.WriteString("  - " + e + "\n")
 	}
@@ -108,9 +108,46 @@ func (s *sidecar) end() (usage, error) {
 	return u, nil
 }
 
+// written are the rows that walhook has written to its schema.
+type written struct {
+	all    int64 // inserted, updated, deleted
+	parked int64 // inserted into walhook.deliveries
+}
+
+func (w written) since(before written) written {
+	return written{w.all - before.all, w.parked - before.parked}
+}
+
+// written asks Postgres for its counts. Those of a session are complete when it has ended (on
+// Postgres 14 half a second later), so it waits until none of walhook's is left.
+func (db *database) written(ctx context.Context) (w written, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, startPatience, errors.New("walhook's sessions do not end"))
+	defer cancel()
+	err = eventually(ctx, "count rows written", func() (gone bool, err error) {
+		err = db.conn.QueryRow(ctx, "select count(*) = 0 from pg_stat_activity where datname = current_database() and application_name like 'walhook%'").Scan(&gone)
+		return gone, err
+	})
+	if err != nil {
+		return w, err
+	}
+	err = db.conn.QueryRow(ctx, rowsWritten).Scan(&w.all, &w.parked)
+	if err != nil {
+		return w, fmt.Errorf("count rows written: %w", err)
+	}
+	return w, nil
+}
+
+const rowsWritten = `
+select coalesce(sum(n_tup_ins + n_tup_upd + n_tup_del), 0)::bigint,
+       coalesce(sum(n_tup_ins) filter (where relname = 'deliveries'), 0)::bigint
+from pg_stat_user_tables
+where schemaname = 'walhook'`
+
 // endpoint is one of the receiver's, as it stands in the configuration file; more are further settings.
-func (l *lab) endpoint(id string, more ...string) string {
-	settings := append([]string{"id: " + id, fmt.Sprintf("url: %q", l.url(id)), fmt.Sprintf("secrets: [%q]", secret())}, more...)
+func (l *lab) endpoint(id string, more ...string) string { return endpointAt(id, l.url(id), more...) }
+
+func endpointAt(id, url string, more ...string) string {
+	settings := append([]string{"id: " + id, fmt.Sprintf("url: %q", url), fmt.Sprintf("secrets: [%q]", secret())}, more...)
 	return "{" + strings.Join(settings, ", ") + "}"
 }
 

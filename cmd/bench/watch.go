@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// walKept is how much WAL a slot kept at most, in bytes.
+type walKept struct {
+	// kept is what the server keeps for the slot, from its restart_lsn on. That moves when the slot has
+	// confirmed a later record of running transactions, of which Postgres writes one every 15 s.
+	kept int64
+	owed int64 // from what walhook has confirmed
+}
+
+// watchWAL looks each second, from now until the result is asked for.
+func (db *database) watchWAL(ctx context.Context) (end func() (walKept, error), err error) {
+	conn, err := pgx.Connect(ctx, db.url)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	type answer struct {
+		walKept
+		err error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		var most answer
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		defer func() {
+			_ = conn.Close(context.WithoutCancel(ctx))
+			answers <- most
+		}()
+		for {
+			var kept, owed int64
+			if err := conn.QueryRow(ctx, slotKeeps, db.slot).Scan(&kept, &owed); err != nil {
+				if ctx.Err() == nil && !errors.Is(err, pgx.ErrNoRows) {
+					most.err = fmt.Errorf("watch WAL: %w", err)
+				}
+				return
+			}
+			most.kept, most.owed = max(most.kept, kept), max(most.owed, owed)
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	return func() (walKept, error) {
+		cancel()
+		a := <-answers
+		return a.walKept, a.err
+	}, nil
+}
+
+const slotKeeps = `
+select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint,
+       pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn)::bigint
+from pg_replication_slots
+where slot_name = $1`
