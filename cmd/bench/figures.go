@@ -48,6 +48,9 @@ func perSecond(n int, span time.Duration) float64 {
 	return float64(n) / span.Seconds()
 }
 
+// nan is what could not be measured.
+var nan = math.NaN()
+
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }

@@ -26,6 +26,7 @@ var serverSettings = map[string]string{
 	"autovacuum":         "off",
 	"max_connections":    "200",
 	"log_min_messages":   "fatal",
+	"log_line_prefix":    "%a: ", // scenario 10 tells walhook's statements by it
 }
 
 // lab is where everything is measured: one Postgres, one receiver.

@@ -125,8 +125,14 @@ var scenarios = []scenario{
 	{2, "drain, in other forms", drainForms},
 	{3, "steady", steady},
 	{4, "three of ten endpoints are sick", sick},
+	{5, "a slow receiver", slow},
 	{6, "a dead endpoint under a full drain", dead},
 	{7, "its recovery", recovery},
+	{8, "many endpoints", many},
+	{9, "one large transaction", large},
+	{10, "idle", idle},
+	{11, "rules and formats", rules},
+	{12, "the app's side", app},
 }
 
 // measure runs the scenarios. The report has what was measured also where it ends with an error.

@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// What other tables get in scenario 10, in a second.
+const (
+	otherRows = 1000
+	otherSize = 1000
+)
+
+// idle is scenario 10: nothing for walhook to do, first in a database at rest, then in one where others write.
+func idle(ctx context.Context, l *lab) error {
+	db, err := l.prepared(ctx, l.endpoint("idle"))
+	if err != nil {
+		return err
+	}
+	for _, statement := range []string{
+		"create table other (id bigserial primary key, filler text)",
+		"alter database " + db.slot + " set log_min_messages = log",
+		"alter database " + db.slot + " set log_statement = 'all'",
+	} {
+		if _, err := db.conn.Exec(ctx, statement); err != nil {
+			return err
+		}
+	}
+	s, err := db.walhook(ctx, db.slot+"-idle", l.endpoint("idle"))
+	if err != nil {
+		return err
+	}
+	// What belongs to the start is over.
+	err = db.settled(ctx)
+	if err == nil {
+		err = until(ctx, time.Now().Add(2*time.Second))
+	}
+	if err == nil {
+		err = db.idleFor(ctx, s, "at rest", nil)
+	}
+	if err == nil {
+		err = db.idleFor(ctx, s, "others write", db.others)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; the end of walhook's log: %s", err, s.tail())
+	}
+	if _, err := s.end(); err != nil {
+		return err
+	}
+	return db.drop(ctx)
+}
+
+// idleFor looks on for a minute.
+func (db *database) idleFor(ctx context.Context, s *sidecar, of string, others func(context.Context) (int64, error)) error {
+	l := db.lab
+	span := l.span(time.Minute)
+	before, known := s.used()
+	logged, err := os.Stat(l.server.LogFile())
+	if err != nil {
+		return err
+	}
+	watch, err := db.watchWAL(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, span)
+	defer cancel()
+	type written struct {
+		bytes int64
+		err   error
+	}
+	wrote := make(chan written, 1)
+	go func() {
+		var w written
+		if others != nil {
+			w.bytes, w.err = others(ctx)
+		}
+		wrote <- w
+	}()
+	most := before.resident
+	for until(ctx, time.Now().Add(time.Second)) == nil {
+		u, _ := s.used()
+		most = max(most, u.resident)
+	}
+	w := <-wrote
+	wal, err := watch()
+	if err = errors.Join(err, w.err, s.ended()); err != nil {
+		return err
+	}
+	after, _ := s.used()
+	cpu := milliseconds(after.cpu - before.cpu)
+	if !known { // and so told only when it has ended
+		cpu, most = nan, 0
+	}
+	statements, err := statementsSince(l.server.LogFile(), logged.Size())
+	if err != nil {
+		return err
+	}
+	for _, text := range statements {
+		l.say("%s: %s", of, text)
+	}
+	minutes := span.Minutes()
+	rss := atMost(25)
+	l.report.add(of, "RSS at most", mebibytes(most), "MiB", rss)
+	l.report.add(of, "CPU in a minute", cpu/minutes, "ms", demand{})
+	queries := demand{}
+	kept := demand{}
+	if others == nil {
+		queries = atMost(queriesInAMinute)
+	} else {
+		kept = atMost(16)
+		l.report.add(of, "WAL that others write", mebibytes(w.bytes)/span.Seconds(), "MiB/s", demand{})
+	}
+	l.report.add(of, "queries in a minute", float64(len(statements))/minutes, "", queries)
+	l.report.add(of, "WAL not confirmed at most", mebibytes(wal.owed), "MiB", demand{})
+	l.report.add(of, "WAL kept at most", mebibytes(wal.kept), "MiB", kept)
+	return nil
+}
+
+// queriesInAMinute are those of two looks at the catalogue, and a few besides.
+const queriesInAMinute = 20
+
+// others writes to another table until ctx ends, and tells how many bytes of WAL that made.
+func (db *database) others(ctx context.Context) (int64, error) {
+	conn, err := pgx.Connect(ctx, db.url)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	const beat = 20 * time.Millisecond
+	each := int(otherRows * beat / time.Second)
+	filler := padding(otherSize)
+	var from, to int64
+	const position = "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
+	err = conn.QueryRow(ctx, position).Scan(&from)
+	for due := time.Now(); err == nil; due = due.Add(beat) {
+		if until(ctx, due) != nil {
+			break
+		}
+		// Not cut short at the end, so that the connection can still be asked.
+		_, err = conn.Exec(context.WithoutCancel(ctx), "insert into other (filler) select $1 from generate_series(1, $2::int)", filler, each)
+	}
+	if err == nil {
+		err = conn.QueryRow(context.WithoutCancel(ctx), position).Scan(&to)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("write to another table: %w", err)
+	}
+	return to - from, nil
+}
+
+// statementsSince are those of walhook in Postgres' log from an offset on, the first line of each.
+func statementsSince(file string, offset int64) ([]string, error) {
+	log, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return statements(log[min(offset, int64(len(log))):]), nil
+}
+
+func statements(log []byte) (all []string) {
+	for line := range bytes.Lines(log) {
+		who, what, found := strings.Cut(strings.TrimSpace(string(line)), ": LOG:  ")
+		if !found || !strings.HasPrefix(who, "walhook") {
+			continue
+		}
+		kind, text, _ := strings.Cut(what, ": ")
+		if kind == "statement" || strings.HasPrefix(kind, "execute ") {
+			all = append(all, text)
+		}
+	}
+	return all
+}
