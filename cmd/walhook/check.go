@@ -54,6 +54,7 @@ server.listen: the health check of a container.`,
 		return check(cmd.Context(), c, cmd.OutOrStdout())
 	}
 	cmd.Flags().StringVarP(&o.output, "output", "o", "table", "table or json")
+	cmd.Flags().BoolVar(&c.configOnly, "config-only", false, "look at the config and at what it refers to, and at nothing else")
 	cmd.Flags().BoolVar(&c.strict, "strict", false, "exit with 1 for a warning too")
 	providerFlag(cmd, &c.provider)
 	return cmd
@@ -62,8 +63,9 @@ server.listen: the health check of a container.`,
 // checkOptions are the flags of walhook check.
 type checkOptions struct {
 	*options
-	strict   bool
-	provider cdc.Provider
+	configOnly bool
+	strict     bool
+	provider   cdc.Provider
 }
 
 // providerFlag has a command take --provider.
@@ -128,6 +130,9 @@ func check(ctx context.Context, o *checkOptions, out io.Writer) error {
 			return err
 		}
 		return failed{fmt.Errorf("%s is broken: %s", cfg.Path, count(len(mistakes), "mistake")), exitUsage}
+	}
+	if o.configOnly {
+		return report(out, o.output, o.provider, []result{soundConfig(cfg)})
 	}
 	results, provider := inspect(ctx, cfg, o.provider)
 	if ctx.Err() != nil {
@@ -231,10 +236,15 @@ func checkURLs(cfg *Config) []result {
 	return results
 }
 
+// soundConfig is the line about a config without mistakes.
+func soundConfig(cfg *Config) result {
+	return result{Topic: "config", Grade: well, Text: fmt.Sprintf("%s: %s, %s", cfg.Path, count(len(cfg.Outbox), "source"), count(len(cfg.Endpoints), "endpoint"))}
+}
+
 // inspect looks at everything at once; what it finds stands in a fixed order. The provider is asked of the
 // server where it is not given.
 func inspect(ctx context.Context, cfg *Config, provider cdc.Provider) ([]result, cdc.Provider) {
-	results := []result{{Topic: "config", Grade: well, Text: fmt.Sprintf("%s: %s, %s", cfg.Path, count(len(cfg.Outbox), "source"), count(len(cfg.Endpoints), "endpoint"))}}
+	results := []result{soundConfig(cfg)}
 	var database []result
 	endpoints := make([][]result, len(cfg.Endpoints))
 	var g errgroup.Group

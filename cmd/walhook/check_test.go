@@ -772,3 +772,18 @@ func TestCheckAsJSON(t *testing.T) {
 	require.Equal(t, "failed", got.Results[1].Status)
 	require.NotEmpty(t, got.Results[1].Remedy)
 }
+
+// A config is looked at where there is no database yet.
+func TestCheckOfTheConfigAloneAsksNobody(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "walhook.yaml")
+	require.NoError(t, os.WriteFile(path, []byte(threeLines), 0o600))
+	code, out, _ := walhook(t, "check", "--config-only", "--config", path)
+	require.Zero(t, code)
+	require.Equal(t, 1, strings.Count(out, "\n"), out)
+	requireLine(t, out, "✓", "config", "1 source, 1 endpoint", "")
+
+	require.NoError(t, os.WriteFile(path, []byte(threeLines+"defaults: {filter: 'data.amount >'}\n"), 0o600))
+	code, out, _ = walhook(t, "check", "--config-only", "--config", path)
+	require.Equal(t, exitUsage, code)
+	require.Contains(t, out, "defaults.filter: is no valid CEL")
+}
