@@ -437,6 +437,31 @@ func TestTheDashboardIsOneThatGrafanaReads(t *testing.T) {
 	}
 }
 
+// The sidecar without Helm is copied as it stands.
+func TestThePlainSidecarOfTheReadmeIsWhole(t *testing.T) {
+	_, text, _ := strings.Cut(string(readChart(t, "README.md")), "Without Helm, in any pod:\n\n```yaml\n")
+	text, _, _ = strings.Cut(text, "```")
+	var pod struct {
+		InitContainers []struct {
+			Args         []string
+			VolumeMounts []struct{ Name, MountPath string } `yaml:"volumeMounts"`
+			Policy       string                             `yaml:"restartPolicy"`
+			StartupProbe map[string]any                     `yaml:"startupProbe"`
+		} `yaml:"initContainers"`
+		Volumes []struct{ Name string }
+	}
+	require.NoError(t, yaml.Unmarshal([]byte(text), &pod))
+	require.Len(t, pod.InitContainers, 1)
+	c := pod.InitContainers[0]
+	require.Equal(t, []string{"run"}, c.Args)
+	require.Equal(t, "Always", c.Policy)
+	require.NotEmpty(t, c.StartupProbe)
+	require.Len(t, c.VolumeMounts, len(pod.Volumes))
+	for i, m := range c.VolumeMounts {
+		require.Equal(t, pod.Volumes[i].Name, m.Name)
+	}
+}
+
 // What the chart makes of values is a configuration that the program takes. `make chart` names helm.
 func TestTheChartRendersConfigurationsThatLoad(t *testing.T) {
 	helm := os.Getenv("WALHOOK_TEST_HELM")
