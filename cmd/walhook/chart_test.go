@@ -18,6 +18,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/stretchr/testify/require"
 
+	"github.com/walhook/walhook/outbox/store"
 	"github.com/walhook/walhook/sender/sendertest"
 )
 
@@ -343,10 +344,19 @@ func TestAlertsAndDashboardAskForSeriesThatExist(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	rx := sendertest.New(t, sendertest.Config{Secrets: []string{testSecret}})
-	p := start(t, b.config(endpoint("billing", rx, ""))).streaming()
+	sick := newReceiver(t)
+	sick.Refuse()
+	p := start(t, b.config(endpoint("billing", rx, ""), endpoint("sick", sick, ""))).streaming()
 	b.produce(1, 5, 5)
 	requireAll(t, rx, 5)
-	_, text := p.get("/metrics")
+	// One series is there only where something is parked, and when the store was looked at since.
+	eventually(t, "it to be parked", func() bool { return b.parked() == 5 })
+	text := ""
+	eventually(t, "the oldest to be seen", func() bool {
+		b.exec("notify " + store.Channel)
+		_, text = p.get("/metrics")
+		return strings.Contains(text, `walhook_oldest_parked_seconds{`)
+	})
 	labels := map[string]map[string][]string{}                           // series → label → values
 	sample := regexp.MustCompile(`^(?:# TYPE )?(\w+)(?:\{(.*)\})? \S+$`) // a histogram's own name has no sample
 	known := slices.Clone(scrapeLabels)

@@ -54,7 +54,7 @@ func judge(r io.Reader, tests []string) (string, error) {
 		}
 		said := fmt.Sprintf("%d rules", n)
 		for _, file := range tests {
-			tried, err := tryOut(doc.Spec, file)
+			tried, err := tryOut(groups, file)
 			if err != nil {
 				return "", err
 			}

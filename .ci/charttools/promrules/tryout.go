@@ -4,19 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/rulefmt"
+	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/promql/parser"
-	"github.com/prometheus/prometheus/promql/promqltest"
-	"github.com/prometheus/prometheus/rules"
+	"github.com/prometheus/prometheus/storage"
+	"github.com/prometheus/prometheus/util/annotations"
 	"sigs.k8s.io/yaml"
 )
 
@@ -26,9 +26,9 @@ type suite struct {
 	RuleFiles []string       `json:"rule_files"` // read by promtool
 	Every     model.Duration `json:"evaluation_interval"`
 	Tests     []struct {
-		Name           string                            `json:"name"`
-		Interval       model.Duration                    `json:"interval"`
-		InputSeries    []struct{ Series, Values string } `json:"input_series"`
+		Name           string         `json:"name"`
+		Interval       model.Duration `json:"interval"`
+		InputSeries    []series       `json:"input_series"`
 		AlertRuleTests []struct {
 			EvalTime  model.Duration `json:"eval_time"`
 			Alertname string         `json:"alertname"`
@@ -39,9 +39,11 @@ type suite struct {
 	}
 }
 
+type series struct{ Series, Values string }
+
 // tryOut evaluates the rules over the series of each test, minute by minute, and compares the alerts that
 // fire. Every alert has to fire in one test at least, and to be silent in another.
-func tryOut(spec []byte, file string) (said string, err error) {
+func tryOut(groups *rulefmt.RuleGroups, file string) (said string, err error) {
 	src, err := os.ReadFile(file)
 	if err != nil {
 		return "", err
@@ -50,28 +52,14 @@ func tryOut(spec []byte, file string) (said string, err error) {
 	if err := yaml.UnmarshalStrict(src, &s, yaml.DisallowUnknownFields); err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
-	dir, err := os.MkdirTemp("", "promrules")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(dir)
-	path := filepath.Join(dir, "rules.yaml")
-	if err := os.WriteFile(path, spec, 0o600); err != nil {
-		return "", err
-	}
 	fired, silent, known := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	var errs []error
 	for _, t := range s.Tests {
-		var load strings.Builder
-		fmt.Fprintf(&load, "load %s\n", t.Interval)
-		for _, in := range t.InputSeries {
-			fmt.Fprintf(&load, "  %s %s\n", in.Series, in.Values)
-		}
 		last := time.Duration(0)
 		for _, a := range t.AlertRuleTests {
 			last = max(last, time.Duration(a.EvalTime))
 		}
-		firing, err := evaluate(load.String(), path, time.Duration(t.Interval), last, known)
+		firing, err := evaluate(t.InputSeries, groups, time.Duration(t.Interval), last, known)
 		if err != nil {
 			return "", fmt.Errorf("%s: %w", t.Name, err)
 		}
@@ -102,55 +90,101 @@ func tryOut(spec []byte, file string) (said string, err error) {
 }
 
 // evaluate gives the labels of the alerts that fire, by time and name.
-func evaluate(load, path string, every, last time.Duration, known map[string]bool) (map[time.Duration]map[string][]string, error) {
+func evaluate(input []series, groups *rulefmt.RuleGroups, every, last time.Duration, known map[string]bool) (map[time.Duration]map[string][]string, error) {
 	p := parser.NewParser(parser.Options{})
-	world, err := promqltest.NewLazyLoader(load, promqltest.LazyLoaderOpts{EnableAtModifier: true, EnableNegativeOffset: true, Parser: p})
-	if err != nil {
-		return nil, err
+	var world []storage.Series
+	for _, in := range input {
+		its, values, err := p.ParseSeriesDesc(in.Series + " " + in.Values)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", in.Series, err)
+		}
+		s := promql.Series{Metric: its}
+		for i, v := range values {
+			at := (time.Duration(i) * every).Milliseconds()
+			switch {
+			case v.Omitted:
+			case v.Histogram != nil:
+				s.Histograms = append(s.Histograms, promql.HPoint{T: at, H: v.Histogram})
+			default:
+				s.Floats = append(s.Floats, promql.FPoint{T: at, F: v.Value})
+			}
+		}
+		world = append(world, promql.NewStorageSeries(s))
 	}
-	defer world.Close()
-	m := rules.NewManager(&rules.ManagerOptions{
-		QueryFunc: rules.EngineQueryFunc(world.QueryEngine(), world.Storage()), AppendableV2: world.Storage(), Context: context.Background(),
-		NotifyFunc: func(context.Context, string, ...*rules.Alert) {}, Logger: slog.New(slog.DiscardHandler), Parser: p,
-	})
-	groups, errs := m.LoadGroups(every, labels.EmptyLabels(), "", nil, false, path)
-	if len(errs) > 0 {
-		return nil, errors.Join(errs...)
-	}
+	data := &storage.MockQueryable{MockQuerier: &storage.MockQuerier{SelectMockFunction: func(_ bool, _ *storage.SelectHints, want ...*labels.Matcher) storage.SeriesSet {
+		found := &selection{}
+		for _, s := range world {
+			if !slices.ContainsFunc(want, func(m *labels.Matcher) bool { return !m.Matches(s.Labels().Get(m.Name)) }) {
+				found.series = append(found.series, s)
+			}
+		}
+		return found
+	}}}
+	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e6, Timeout: time.Minute, LookbackDelta: 5 * time.Minute, EnableAtModifier: true, EnableNegativeOffset: true, Parser: p})
+	defer engine.Close()
+	since := map[string]time.Duration{} // when an alert became true, by its name and labels
 	all := map[time.Duration]map[string][]string{}
 	for at := time.Duration(0); at <= last; at += every {
-		firing := map[string][]string{}
-		var failed error
-		world.WithSamplesTill(time.Unix(0, 0).UTC().Add(at), func(err error) {
-			if failed = err; err != nil {
-				return
-			}
-			for _, g := range groups {
-				g.Eval(world.Context(), time.Unix(0, 0).UTC().Add(at))
-				for _, r := range g.Rules() {
-					alert, is := r.(*rules.AlertingRule)
-					if !is {
-						continue
+		all[at] = map[string][]string{}
+		for _, g := range groups.Groups {
+			for _, rule := range g.Rules {
+				known[rule.Alert] = true
+				holds, err := ask(engine, data, rule.Expr, at)
+				if err != nil {
+					return nil, fmt.Errorf("%s: %w", rule.Alert, err)
+				}
+				for id := range since {
+					if name, its, _ := strings.Cut(id, " "); name == rule.Alert && !slices.ContainsFunc(holds, func(of map[string]string) bool { return labelText(of) == its }) {
+						delete(since, id)
 					}
-					known[r.Name()] = true
-					failed = errors.Join(failed, r.LastError())
-					for _, a := range alert.ActiveAlerts() {
-						if a.State == rules.StateFiring {
-							its := a.Labels.Map()
-							delete(its, "alertname")
-							firing[r.Name()] = append(firing[r.Name()], labelText(its))
-						}
+				}
+				for _, its := range holds {
+					id := rule.Alert + " " + labelText(its)
+					began, before := since[id]
+					if !before {
+						began, since[id] = at, at
+					}
+					if at-began >= time.Duration(rule.For) {
+						maps.Copy(its, rule.Labels)
+						all[at][rule.Alert] = append(all[at][rule.Alert], labelText(its))
 					}
 				}
 			}
-		})
-		if failed != nil {
-			return nil, failed
 		}
-		all[at] = firing
 	}
 	return all, nil
 }
+
+// ask gives the labels of what an expression has at a time.
+func ask(engine *promql.Engine, data storage.Queryable, expr string, at time.Duration) (all []map[string]string, err error) {
+	q, err := engine.NewInstantQuery(context.Background(), data, nil, expr, time.Unix(0, 0).Add(at))
+	if err != nil {
+		return nil, err
+	}
+	defer q.Close()
+	res := q.Exec(context.Background())
+	found, err := res.Vector()
+	if err != nil {
+		return nil, err
+	}
+	for _, sample := range found {
+		its := sample.Metric.Map()
+		delete(its, "__name__")
+		all = append(all, its)
+	}
+	return all, nil
+}
+
+// selection is a storage.SeriesSet.
+type selection struct {
+	series []storage.Series
+	next   int
+}
+
+func (s *selection) Next() bool                        { s.next++; return s.next <= len(s.series) }
+func (s *selection) At() storage.Series                { return s.series[s.next-1] }
+func (s *selection) Err() error                        { return nil }
+func (s *selection) Warnings() annotations.Annotations { return nil }
 
 func labelText(of map[string]string) string {
 	var b strings.Builder
