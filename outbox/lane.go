@@ -1276,7 +1276,7 @@ func (l *Lane) loadDue(limit int, maxBytes int64) job {
 					if q := l.queue(key); len(q.items) == 0 && !q.wanted {
 						l.block(q, time.Time{})
 						l.want(q)
-						news = true
+						news = news || len(q.untold) == 0 // else what was read may be from before a change that is on its way
 					}
 				}
 				for _, row := range loose {

@@ -164,6 +164,28 @@ func TestModel(t *testing.T) {
 	t.Logf("%d plans", plans)
 }
 
+// A plan that did not end: a retry that failed again is due in the store until its new time is written there,
+// and was read again at once, and again. A loop of reads stops the clock of a bubble.
+func TestWhatIsDueAndNotYetWrittenIsNotAskedForInALoop(t *testing.T) {
+	p := plan{
+		seed: 7, maxEvents: 30, maxBytes: 3000, faulty: true, counted: true,
+		endpoints: []planned{
+			{ordering: outbox.OrderNone, concurrency: 4, circuit: true, batch: batches[5]},
+			{ordering: outbox.OrderKey, concurrency: 4, circuit: true, limit: outbox.RateLimit{Rate: outbox.Rate{Attempts: 50, Per: time.Second}}, batch: batches[4], leaves: 3},
+		},
+		steps: []step{
+			{commitSame, 2, 11, 0}, {commit, 15, 1, 300 * time.Millisecond}, {commit, 9, 2, 0}, {commitSame, 15, 7, time.Millisecond},
+			{lease, 1, 9, 300 * time.Millisecond}, {commit, 6, 9, time.Millisecond}, {commitMore, 2, 5, 6 * time.Second}, {commitMore, 13, 1, 0},
+			{mood, 2, 0, 6 * time.Second}, {moodAgain, 15, 11, 20 * time.Millisecond}, {commitMore, 5, 5, time.Millisecond},
+			{lease, 3, 1, time.Second}, {storeMood, 2, 2, 2500 * time.Millisecond}, {kill, 2, 6, 300 * time.Millisecond}, {storeMood, 0, 4, 2500 * time.Millisecond},
+		},
+	}
+	for range 100 { // retries are spread at random
+		var trace []string
+		require.NoError(t, play(t, p, &trace))
+	}
+}
+
 func play(t *testing.T, p plan, trace *[]string) (err error) {
 	synctest.Test(t, func(*testing.T) {
 		var seen []string
