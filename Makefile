@@ -101,7 +101,7 @@ fuzz: ## every fuzz target for FUZZTIME
 	done
 
 # Minutes. Only ratios to the limits of the same run say something on a machine that does other things too.
-bench: build ## throughput, latency, memory against the limits of this machine (ARGS="--only 1,3 --scale 0.1 --json FILE --svg DIR --profile DIR")
+bench: build ## throughput, latency, memory against the limits of this machine (ARGS="--only 1,3 --scale 0.1 --json FILE --svg DIR --docs docs/performance.md --profile DIR")
 	@.ci/deps postgres
 	CGO_ENABLED=0 go build -trimpath -o bin/bench ./cmd/bench
 	bin/bench --walhook bin/walhook $(ARGS)

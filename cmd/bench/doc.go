@@ -30,6 +30,8 @@
 //     INSERT is sent, which the payload holds, to the receipt. The clock is the same. The load is
 //     open: what is late is sent late, and counted as late, but never left out.
 //   - Percentiles are of all values, by nearest rank; nothing is put in buckets.
+//   - What walhook writes to the database is the sum of the row counts of pg_stat_user_tables over its schema;
+//     what of it went into walhook.deliveries was parked. A drain with parked rows took the slow path for them.
 //   - Each event is counted by its id at the receiver. A lost, repeated, invented or overtaking
 //     event fails the run, whatever its speed.
 //

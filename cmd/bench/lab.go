@@ -46,7 +46,7 @@ type lab struct {
 }
 
 func openLab(ctx context.Context, o options, progress io.Writer) (*lab, error) {
-	l := &lab{options: o, progress: progress, nextID: 1, report: &Report{Began: time.Now(), Machine: machine()}}
+	l := &lab{options: o, progress: progress, nextID: 1, report: &Report{Began: time.Now(), Machine: machine(), Args: o.telling}}
 	if err := l.open(ctx); err != nil {
 		return nil, errors.Join(err, l.close())
 	}

@@ -9,9 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -39,6 +37,8 @@ type options struct {
 	scale   float64
 	json    string
 	svg     string
+	docs    string
+	telling []string // what of the command line bears on the figures
 	profile string
 	rounds  int
 	fsync   bool
@@ -55,6 +55,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitDone
 	}
 	o, err := parse(args, stderr)
+	if err == nil && o.docs != "" {
+		err = checkDocs(o.docs)
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return exitDone
@@ -64,6 +67,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	report, err := measure(ctx, o, stderr)
 	if report != nil {
+		if err != nil {
+			o.docs = "" // not of half a run
+		}
 		err = errors.Join(err, publish(report, o, stdout))
 	}
 	if err != nil {
@@ -87,6 +93,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.Float64Var(&o.scale, "scale", 1, "times the rows and the seconds of each scenario")
 	f.StringVar(&o.json, "json", "", "file for the figures as JSON")
 	f.StringVar(&o.svg, "svg", "", "directory for the plots")
+	f.StringVar(&o.docs, "docs", "", "Markdown file whose part between the marks of the bench becomes the figures of this run")
 	f.StringVar(&o.profile, "profile", "", "directory for CPU and allocation profiles of walhook; it is built anew for them")
 	f.IntVar(&o.rounds, "rounds", 3, "how often scenario 1 and its limits take turns; the median counts")
 	f.BoolVar(&o.fsync, "fsync", false, "let Postgres wait for the disk")
@@ -97,6 +104,12 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if f.NArg() > 0 {
 		return o, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
+	f.Visit(func(set *flag.Flag) {
+		switch set.Name {
+		case "only", "scale", "rounds", "fsync":
+			o.telling = append(o.telling, "--"+set.Name+"="+set.Value.String())
+		}
+	})
 	if o.scale <= 0 || o.rounds < 1 {
 		return o, errors.New("--scale and --rounds: want more than zero")
 	}
@@ -105,7 +118,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 			continue
 		}
 		n, err := strconv.Atoi(field)
-		if err != nil || !slices.ContainsFunc(scenarios, func(s scenario) bool { return s.number == n }) {
+		if err != nil || nameOf(n) == "" {
 			return o, fmt.Errorf("--only: there is no scenario %q", field)
 		}
 		o.only = append(o.only, n)
@@ -120,19 +133,21 @@ type scenario struct {
 	run    func(context.Context, *lab) error
 }
 
-var scenarios = []scenario{
-	{1, "drain", drain},
-	{2, "drain, in other forms", drainForms},
-	{3, "steady", steady},
-	{4, "three of ten endpoints are sick", sick},
-	{5, "a slow receiver", slow},
-	{6, "a dead endpoint under a full drain", dead},
-	{7, "its recovery", recovery},
-	{8, "many endpoints", many},
-	{9, "one large transaction", large},
-	{10, "idle", idle},
-	{11, "rules and formats", rules},
-	{12, "the app's side", app},
+func allScenarios() []scenario {
+	return []scenario{
+		{1, "drain", drain},
+		{2, "drain, in other forms", drainForms},
+		{3, "steady", steady},
+		{4, "three of ten endpoints are sick", sick},
+		{5, "a slow receiver", slow},
+		{6, "a dead endpoint under a full drain", dead},
+		{7, "its recovery", recovery},
+		{8, "many endpoints", many},
+		{9, "one large transaction", large},
+		{10, "idle", idle},
+		{11, "rules and formats", rules},
+		{12, "the app's side", app},
+	}
 }
 
 // measure runs the scenarios. The report has what was measured also where it ends with an error.
@@ -142,7 +157,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (report *Report
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, l.close()) }()
-	for _, s := range scenarios {
+	for _, s := range allScenarios() {
 		if !l.wants(s.number) {
 			continue
 		}
@@ -169,15 +184,14 @@ func publish(r *Report, o options, stdout io.Writer) error {
 			return fmt.Errorf("write figures: %w", err)
 		}
 	}
-	if o.svg == "" {
-		return nil
-	}
-	if err := os.MkdirAll(o.svg, 0o755); err != nil {
-		return fmt.Errorf("write plots: %w", err)
-	}
-	for _, p := range r.Plots {
-		if err := os.WriteFile(filepath.Join(o.svg, p.File+".svg"), p.SVG(), 0o644); err != nil {
+	if o.svg != "" {
+		if err := r.writePlots(o.svg); err != nil {
 			return fmt.Errorf("write plots: %w", err)
+		}
+	}
+	if o.docs != "" {
+		if err := r.fillDocs(o.docs); err != nil {
+			return fmt.Errorf("write %s: %w", o.docs, err)
 		}
 	}
 	return nil

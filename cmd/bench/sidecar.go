@@ -70,8 +70,9 @@ func (s *sidecar) streams(ctx context.Context) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		_, rest, found := bytes.Cut(log, []byte(`"serving health`))
-		if _, rest, found = bytes.Cut(rest, []byte(`"addr":"`)); !found {
+		_, rest, _ := bytes.Cut(log, []byte(`"serving health`))
+		_, rest, found := bytes.Cut(rest, []byte(`"addr":"`))
+		if !found {
 			return false, nil
 		}
 		addr, _, _ := bytes.Cut(rest, []byte{'"'})

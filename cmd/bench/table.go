@@ -19,6 +19,7 @@ type Report struct {
 	Postgres string    `json:"postgres"`
 	Walhook  string    `json:"walhook"`
 	Settings string    `json:"settings"`
+	Args     []string  `json:"args"`
 	Figures  []Figure  `json:"figures"`
 	Plots    []Plot    `json:"plots,omitempty"`
 
@@ -148,25 +149,31 @@ func (r *Report) writeTable(w io.Writer) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "\tOF\tFIGURE\tVALUE\tLIMIT\tRATIO\tDEMANDED\t")
 	for i := range r.Figures {
-		f := &r.Figures[i]
-		limit := number(f.Limit)
-		if limit != "" {
-			limit += " " + f.LimitOf
-		}
-		value := number(f.Value)
-		if value == "" {
-			value = "?"
-		}
-		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", f.Scenario, f.Of, f.Name,
-			strings.TrimSpace(value+" "+f.Unit), limit, number(f.Ratio), f.Demand, f.mark())
+		fmt.Fprintln(t, strings.Join(r.Figures[i].cells(), "\t"))
 	}
 	t.Flush()
+}
+
+// cells are a figure's line in a table.
+func (f *Figure) cells() []string {
+	limit := number(f.Limit)
+	if limit != "" {
+		limit += " " + f.LimitOf
+	}
+	value := number(f.Value)
+	if value == "" {
+		value = "?"
+	}
+	return []string{
+		strconv.Itoa(f.Scenario), f.Of, f.Name, strings.TrimSpace(value + " " + f.Unit),
+		limit, number(f.Ratio), f.Demand.String(), f.mark(),
+	}
 }
 
 // number is a value with three digits that count, or all in front of the point. NaN is nothing.
 func number(v float64) string {
 	switch a := math.Abs(v); {
-	case math.IsNaN(v):
+	case math.IsNaN(v) || math.IsInf(v, 0):
 		return ""
 	case a == 0 || a >= 100 || a == math.Trunc(a):
 		return grouped(strconv.FormatFloat(v, 'f', 0, 64))
