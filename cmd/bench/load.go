@@ -28,7 +28,7 @@ create procedure fill(first bigint, rows int, per int, keys int, pad text, len i
 begin
 	for i in 0 .. rows - 1 loop
 		insert into outbox values (first + i, 'key-' || (first + i) % keys, '` + eventType + `',
-			jsonb_build_object('at', 0, 'pad', substr(pad, 1 + i * 7919 % 4096, len)));
+			jsonb_build_object('at', 0, 'pad', substr(pad, 1 + i % 4096 * 7919 % 4096, len)));
 		if i % per = per - 1 then
 			commit;
 		end if;

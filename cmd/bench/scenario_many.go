@@ -16,7 +16,7 @@ create or replace procedure fill(first bigint, rows int, per int, keys int, pad 
 begin
 	for i in 0 .. rows - 1 loop
 		insert into outbox values (first + i, 'key-' || (first + i) %% keys, 'order.' || (i / %[1]d) %% 10,
-			jsonb_build_object('at', 0, 'pad', substr(pad, 1 + i * 7919 %% 4096, len)), 'tenant-' || i %% %[1]d);
+			jsonb_build_object('at', 0, 'pad', substr(pad, 1 + i %% 4096 * 7919 %% 4096, len)), 'tenant-' || i %% %[1]d);
 		if i %% per = per - 1 then
 			commit;
 		end if;

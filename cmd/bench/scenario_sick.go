@@ -34,7 +34,8 @@ const (
 func sick(ctx context.Context, l *lab) error {
 	span := l.span(30 * time.Second)
 	var latency, rate [2][]float64 // healthy, sick
-	var kept, owed, peak [2]float64
+	var worst [2]walKept
+	var peak [2]float64
 	for turn := range 4 {
 		ill := turn%2 == 1
 		m, wal, err := l.tenEndpoints(ctx, ill, span)
@@ -48,7 +49,8 @@ func sick(ctx context.Context, l *lab) error {
 		p99, _ := percentile(slices.Sorted(slices.Values(m.seen.FromCommit)), 0.99)
 		latency[i] = append(latency[i], float64(p99)/1e6)
 		rate[i] = append(rate[i], m.seen.rate())
-		kept[i], owed[i] = max(kept[i], mebibytes(wal.kept)), max(owed[i], mebibytes(wal.owed))
+		wal.kept, wal.owed = max(wal.kept, worst[i].kept), max(wal.owed, worst[i].owed)
+		worst[i] = wal
 		peak[i] = max(peak[i], mebibytes(m.usage.peak))
 		l.say("%s: p99 %s ms, %s/s to seven, %d parked", name, number(latency[i][len(latency[i])-1]), number(m.seen.rate()), m.written.parked)
 		if turn >= 2 {
@@ -64,8 +66,7 @@ func sick(ctx context.Context, l *lab) error {
 		if i == 1 {
 			d = atMost(32)
 		}
-		l.report.add(of, "WAL not confirmed at most, "+name, owed[i], "MiB", demand{})
-		l.report.add(of, "WAL kept at most, "+name, kept[i], "MiB", d)
+		worst[i].add(l.report, of, ", "+name, d)
 		l.report.add(of, "peak RSS, "+name, peak[i], "MiB", demand{})
 	}
 	return nil

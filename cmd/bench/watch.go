@@ -15,6 +15,24 @@ type walKept struct {
 	// confirmed a later record of running transactions, of which Postgres writes one every 15 s.
 	kept int64
 	owed int64 // from what walhook has confirmed
+
+	written int64         // WAL that all have written meanwhile
+	span    time.Duration // between the first look and the last
+}
+
+// snapshotEvery is how often Postgres writes the record that lets a slot's restart_lsn move. So long
+// no consumer can let WAL go, whatever it confirms.
+const snapshotEvery = 15 * time.Second
+
+// rate is the WAL written in a second, in MiB.
+func (w walKept) rate() float64 { return mebibytes(w.written) / w.span.Seconds() }
+
+// add reports what was kept. What is demanded is that what walhook decides, namely what is confirmed.
+func (w walKept) add(r *Report, of, beside string, d demand) {
+	r.add(of, "WAL written"+beside, w.rate(), "MiB/s", demand{})
+	r.add(of, "WAL not confirmed at most"+beside, mebibytes(w.owed), "MiB", d)
+	inPeriod := w.rate() * min(snapshotEvery, w.span).Seconds()
+	r.compare(of, "WAL kept at most"+beside, mebibytes(w.kept), "MiB", inPeriod, "written in 15 s", mebibytes(w.kept)/inPeriod, demand{})
 }
 
 // watchWAL looks each second, from now until the result is asked for.
@@ -31,6 +49,8 @@ func (db *database) watchWAL(ctx context.Context) (end func() (walKept, error), 
 	answers := make(chan answer, 1)
 	go func() {
 		var most answer
+		var began time.Time
+		var first int64
 		tick := time.NewTicker(time.Second)
 		defer tick.Stop()
 		defer func() {
@@ -38,13 +58,17 @@ func (db *database) watchWAL(ctx context.Context) (end func() (walKept, error), 
 			answers <- most
 		}()
 		for {
-			var kept, owed int64
-			if err := conn.QueryRow(ctx, slotKeeps, db.slot).Scan(&kept, &owed); err != nil {
+			var kept, owed, at int64
+			if err := conn.QueryRow(ctx, slotKeeps, db.slot).Scan(&kept, &owed, &at); err != nil {
 				if ctx.Err() == nil && !errors.Is(err, pgx.ErrNoRows) {
 					most.err = fmt.Errorf("watch WAL: %w", err)
 				}
 				return
 			}
+			if began.IsZero() {
+				began, first = time.Now(), at
+			}
+			most.written, most.span = at-first, time.Since(began)
 			most.kept, most.owed = max(most.kept, kept), max(most.owed, owed)
 			select {
 			case <-ctx.Done():
@@ -62,6 +86,7 @@ func (db *database) watchWAL(ctx context.Context) (end func() (walKept, error), 
 
 const slotKeeps = `
 select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint,
-       pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn)::bigint
+       pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn)::bigint,
+       pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint
 from pg_replication_slots
 where slot_name = $1`
