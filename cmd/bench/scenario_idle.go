@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -99,8 +101,12 @@ func (db *database) idleFor(ctx context.Context, s *sidecar, of string, others f
 	if err != nil {
 		return err
 	}
+	times := map[string]int{}
 	for _, text := range statements {
-		l.say("%s: %.100s", of, text)
+		times[text]++
+	}
+	for _, text := range slices.Sorted(maps.Keys(times)) {
+		l.say("%s: %d × %.100s", of, times[text], text)
 	}
 	minutes := span.Minutes()
 	rss := atMost(25)
