@@ -109,4 +109,5 @@ type Outcome struct {
 	Slow       bool          // the receiver asks for less: 429, 502, 503, 504
 	Gone       bool          // 410: the endpoint is to be disabled
 	Apart      *Apart        // of a batch: what was not in the request; nil where all was
+	Waited     time.Duration // before the request, for a connection that others had
 }

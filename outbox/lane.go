@@ -466,7 +466,7 @@ func (l *Lane) kick() {
 func (l *Lane) dispatch() {
 	for it := l.next(); it != nil; it = l.next() {
 		l.workers.Add(1)
-		go l.work(it, l.ep)
+		l.relay.crew.do(job{l, it, l.ep})
 	}
 	l.load()
 }
@@ -509,9 +509,6 @@ func (l *Lane) work(it *item, ep *Endpoint) {
 		a := it.attempt(ep)
 		l.mu.Unlock()
 		now := time.Now()
-		if !it.read {
-			l.relay.ledger.Started(max(0, now.Sub(it.arrived)-ep.Batch.Linger))
-		}
 		var out Outcome
 		if a.Batch != nil {
 			out = l.sendBatch(a, now)
@@ -520,13 +517,17 @@ func (l *Lane) work(it *item, ep *Endpoint) {
 		} else {
 			out = l.relay.sender.Send(l.relay.sendCtx, a)
 		}
+		end := time.Now()
+		if !it.read {
+			l.relay.ledger.Attempted(max(0, now.Sub(it.arrived)-ep.Batch.Linger)+out.Waited, end.Sub(now)-out.Waited)
+		}
 		l.mu.Lock()
 		l.inflight--
 		if it.round == l.round {
 			l.fresh--
 		}
 		out.Gone = out.Gone && a.Endpoint.URL == l.ep.URL // else it says nothing of the address that the endpoint has now
-		l.ended(it, out)
+		l.ended(it, out, end)
 		it, ep = l.next(), l.ep
 		l.dispatch()
 	}
@@ -534,16 +535,16 @@ func (l *Lane) work(it *item, ep *Endpoint) {
 
 // ended takes in the outcome of an attempt: what it means for the delivery, and each of its mates,
 // and what for the endpoint.
-func (l *Lane) ended(it *item, out Outcome) {
+func (l *Lane) ended(it *item, out Outcome, now time.Time) {
 	var late []*item
 	if out.Apart != nil {
 		it, late = l.takeApart(it, out.Apart)
 	}
 	if it != nil {
-		l.judged(it, out, time.Now())
+		l.judged(it, out, now)
 	}
 	for _, it := range late {
-		l.again(it, Change{State: StateParked, Reason: ReasonBehindEndpoint, Due: time.Now()})
+		l.again(it, Change{State: StateParked, Reason: ReasonBehindEndpoint, Due: now})
 	}
 }
 
@@ -1064,14 +1065,14 @@ func (l *Lane) load() {
 		}
 		most, bytes = shortPage, bytes/64
 	}
-	var job job
+	var read reading
 	switch {
 	case len(l.keys) > 0:
-		job = l.loadKey(min(l.keyPage(), most), bytes)
+		read = l.loadKey(min(l.keyPage(), most), bytes)
 	case !l.nextDue.IsZero() && !time.Now().Before(l.nextDue):
-		job = l.loadDue(min(duePage, most)+l.reads, bytes+l.readSize) // it shows what is in memory too
+		read = l.loadDue(min(duePage, most)+l.reads, bytes+l.readSize) // it shows what is in memory too
 	case l.state == draining && l.more:
-		job = l.scan(most, bytes)
+		read = l.scan(most, bytes)
 	default:
 		return
 	}
@@ -1080,7 +1081,7 @@ func (l *Lane) load() {
 	l.workers.Add(1)
 	go func() {
 		defer l.workers.Done()
-		take, err := job(l.relay.sendCtx)
+		take, err := read(l.relay.sendCtx)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		ledger.read.add(0, -bytes)
@@ -1106,8 +1107,8 @@ func (l *Lane) load() {
 	}()
 }
 
-// job reads from the store without the lane's lock and returns what to do with it under the lock.
-type job func(context.Context) (take func(), err error)
+// reading reads from the store without the lane's lock and returns what to do with it under the lock.
+type reading func(context.Context) (take func(), err error)
 
 // sight is how far what a load reads can be relied on: behind it rows may be missing that come
 // before those that are there. It is taken before the load.
@@ -1147,8 +1148,8 @@ func (l *Lane) own(rows []Stored, more bool) ([]Stored, bool) {
 	return rows, more
 }
 
-// scan is the job that reads the next page of what is parked, in commit order.
-func (l *Lane) scan(limit int, maxBytes int64) job {
+// scan is the reading that reads the next page of what is parked, in commit order.
+func (l *Lane) scan(limit int, maxBytes int64) reading {
 	var skip []string
 	for key, q := range l.queues {
 		if q.blocked {
@@ -1211,8 +1212,8 @@ func (l *Lane) scanned(v sight, rows []Stored, more, whole bool) {
 // keyPage is how many deliveries of one key are read at once.
 func (l *Lane) keyPage() int { return min(max(keyPage, l.ep.Batch.MaxEvents), scanPage) }
 
-// loadKey is the job that reads the next rows of the first key on the list.
-func (l *Lane) loadKey(limit int, maxBytes int64) job {
+// loadKey is the reading that reads the next rows of the first key on the list.
+func (l *Lane) loadKey(limit int, maxBytes int64) reading {
 	q := l.keys[0]
 	after, parks, round, settled, v := q.after, q.parks, l.round, len(q.untold) == 0, sight{q.untold.least(), l.relay.reached()}
 	return func(ctx context.Context) (func(), error) {
@@ -1260,8 +1261,8 @@ func (l *Lane) keyLoaded(q *queue, v sight, rows []Stored, more, whole bool) {
 	}
 }
 
-// loadDue is the job that finds the retries whose time has come.
-func (l *Lane) loadDue(limit int, maxBytes int64) job {
+// loadDue is the reading that finds the retries whose time has come.
+func (l *Lane) loadDue(limit int, maxBytes int64) reading {
 	round, reach := l.round, l.relay.reached()
 	now := time.Now()
 	l.nextDue = time.Time{}

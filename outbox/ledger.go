@@ -22,9 +22,13 @@ type Ledger struct {
 
 	came   pool         // what the stream brought
 	read   pool         // what was read back from the store: a quarter of the buffer, or little more
+	owed   atomic.Int64 // deliveries of what the stream brought that are in memory
 	window atomic.Int64 // of events: at most maxEvents, less while the machine is the limit
 	full   atomic.Bool  // somebody waits for room
 	wait   atomic.Int64 // shortest wait from arrival to attempt since the last Adapt, ns; -1 none
+	busy   atomic.Int64 // what all attempts since then took, ns
+
+	adapted time.Time // when Adapt was last called, by the one goroutine that does
 
 	mu         sync.Mutex // guards what follows
 	head, tail *span      // what is not settled, and settled runs between; head is always owed
@@ -186,17 +190,20 @@ func (l *Ledger) Oldest() time.Time {
 	return l.head.arrived
 }
 
-// Hold counts an event of the stream into memory. It never refuses: whoever brings an event has
-// asked Room.
-func (l *Ledger) Hold(e *Event) { l.came.add(1, e.Size()) }
+// Hold counts an event of the stream into memory, and its n deliveries, each of which is released. It never refuses:
+// whoever brings an event has asked Room.
+func (l *Ledger) Hold(e *Event, n int) {
+	l.came.add(1, e.Size())
+	l.owed.Add(int64(n))
+}
 
 // Release says that a delivery no longer has its row's event in memory; the last one counts it
 // out.
 func (l *Ledger) Release(s *span, e *Event) {
-	if s.held.Add(-1) > 0 {
-		return
+	l.owed.Add(-1)
+	if s.held.Add(-1) == 0 {
+		l.came.add(-1, -e.Size())
 	}
-	l.came.add(-1, -e.Size())
 	l.wake()
 }
 
@@ -220,8 +227,13 @@ const roomAtOnce = 32
 // fits tells whether there is room for so many events, or for an eighth of the window where that is less.
 func (l *Ledger) fits(events int64) bool {
 	window := l.window.Load()
-	return l.came.events.Load() <= window-max(1, min(events, window/8)) && l.came.bytes.Load() < l.maxBytes*3/4
+	return l.came.events.Load() <= window-max(1, min(events, window/8)) && l.came.bytes.Load() < l.maxBytes*3/4 &&
+		l.owed.Load() < deliveriesPerEvent*window
 }
+
+// deliveriesPerEvent is for how many endpoints an event in memory may be on average. Each delivery takes memory too, and
+// time before those behind it.
+const deliveriesPerEvent = 2
 
 // mayRead tells whether there is room for more of what the store holds. It has a room of its own,
 // so that the backlog of one endpoint keeps no new event of another one out.
@@ -262,8 +274,9 @@ func (l *Ledger) Held() (events, bytes int64) {
 	return l.came.events.Load() + l.read.events.Load(), l.came.bytes.Load() + l.read.bytes.Load()
 }
 
-// Started notes how long a delivery waited in memory for its attempt.
-func (l *Ledger) Started(wait time.Duration) {
+// Attempted notes how long a delivery waited in memory for its attempt, and how long that took.
+func (l *Ledger) Attempted(wait, took time.Duration) {
+	l.busy.Add(int64(took))
 	for {
 		w := l.wait.Load()
 		if w >= 0 && w <= int64(wait) || l.wait.CompareAndSwap(w, int64(wait)) {
@@ -272,17 +285,28 @@ func (l *Ledger) Started(wait time.Duration) {
 	}
 }
 
-// Adapt sizes the window so that an event waits in memory for about a fifteenth of target
-// where the machine itself is the limit: otherwise a backlog that we read faster than we send
-// would grow old in memory and be parked for nothing, and fill memory to no gain. The shortest wait
-// decides, so one slow endpoint does not narrow the window for the others.
-func (l *Ledger) Adapt(target time.Duration) {
+// Adapt sizes the window so that an event waits in memory for no more than a hundredth of target where the machine
+// itself is the limit: otherwise a backlog that we read faster than we send would grow old in memory and be parked
+// for nothing, and fill memory to no gain. The shortest wait decides, so one slow endpoint does not narrow the window for
+// the others. It has twice as many events as attempts were under way on average (which is, as Little's law says,
+// the time they took over the time that went by), so that receivers that are far away find the next one ready.
+//
+// It tells whether the machine is the limit: then whatever waits does so for the machine, and not for an endpoint.
+func (l *Ledger) Adapt(target time.Duration, now time.Time) (strained bool) {
+	busy, gone := l.busy.Swap(0), now.Sub(l.adapted)
+	l.adapted = now
+	least := int64(minWindow)
+	if gone > 0 {
+		least = max(least, 2*busy/int64(gone))
+	}
 	switch w := time.Duration(l.wait.Swap(-1)); {
 	case w < 0:
-	case w > target/10:
-		l.window.Store(max(min(minWindow, l.maxEvents), l.window.Load()*3/4))
-	case w < target/20:
-		l.window.Store(min(l.maxEvents, l.window.Load()*5/4+64))
+	case w > target/100:
+		strained = true
+		l.window.Store(min(l.maxEvents, max(least, l.window.Load()*3/4)))
+	case w < target/200:
+		l.window.Store(min(l.maxEvents, max(least, l.window.Load()*5/4+64)))
 		l.wake()
 	}
+	return strained
 }

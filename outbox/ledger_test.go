@@ -109,7 +109,7 @@ func TestResetHoldsForTheStartOnly(t *testing.T) {
 func TestTheLastDeliveryOfAnEventFreesItsMemory(t *testing.T) {
 	l := NewLedger(1, 1<<20)
 	e := &Event{ID: "a", Data: make([]byte, 100)}
-	l.Hold(e)
+	l.Hold(e, 3)
 	s := l.Open(cdc.Position{Commit: 1, Ordinal: 1}, 3, time.Now())
 	for range 2 {
 		l.Release(s, e)
@@ -137,7 +137,7 @@ func TestWhoWaitsForRoomIsWoken(t *testing.T) {
 			for range spans {
 				require.Nil(t, l.Room(), name)
 				require.Zero(t, l.FullSince())
-				l.Hold(e)
+				l.Hold(e, 1)
 			}
 			room := l.Room()
 			require.NotNil(t, room, name)
@@ -163,14 +163,33 @@ func TestWhoWaitsForRoomIsWoken(t *testing.T) {
 func TestAWiderWindowWakesWhoWaits(t *testing.T) {
 	l := NewLedger(10_000, 1<<30)
 	for l.Room() == nil {
-		l.Hold(&Event{})
+		l.Hold(&Event{}, 1)
 	}
 	room := l.Room()
-	l.Started(time.Millisecond)
-	l.Adapt(time.Second)
+	l.Attempted(time.Millisecond, time.Millisecond)
+	l.Adapt(time.Second, time.Now())
 	<-room
 	require.Nil(t, l.Room())
 	require.Zero(t, l.FullSince())
+}
+
+// An event for many endpoints takes the room of many.
+func TestEventsForManyEndpointsFillTheBuffer(t *testing.T) {
+	l := NewLedger(10_000, 1<<30)
+	var spans []*span
+	for l.Room() == nil {
+		l.Hold(&Event{}, 100)
+		spans = append(spans, l.Open(cdc.Position{Commit: cdc.LSN(len(spans) + 1)}, 100, time.Now()))
+	}
+	require.Len(t, spans, deliveriesPerEvent*startWindow/100+1)
+	room := l.Room()
+	for range 100 {
+		l.Release(spans[0], &Event{})
+	}
+	<-room
+	require.Nil(t, l.Room())
+	events, _ := l.Held()
+	require.EqualValues(t, len(spans)-1, events)
 }
 
 // What is read back from the store has a room of its own.
@@ -187,17 +206,27 @@ func TestABacklogKeepsNoNewEventOut(t *testing.T) {
 func TestTheWindowFollowsTheMachine(t *testing.T) {
 	l := NewLedger(10_000, 1<<30)
 	require.EqualValues(t, startWindow, l.window.Load())
+	now := time.Now()
+	adapt := func() {
+		now = now.Add(100 * time.Millisecond)
+		l.Adapt(time.Second, now)
+	}
 	for range 50 {
-		l.Started(5 * time.Second)
-		l.Started(10 * time.Millisecond) // the shortest decides: one slow endpoint is not the machine
-		l.Adapt(time.Second)
+		l.Attempted(5*time.Second, 0)
+		l.Attempted(time.Millisecond, 0) // the shortest decides: one slow endpoint is not the machine
+		adapt()
 	}
 	require.EqualValues(t, 10_000, l.window.Load())
-	l.Adapt(time.Second)
+	adapt()
 	require.EqualValues(t, 10_000, l.window.Load(), "nothing was sent")
 	for range 50 {
-		l.Started(800 * time.Millisecond)
-		l.Adapt(time.Second)
+		l.Attempted(800*time.Millisecond, time.Millisecond)
+		adapt()
 	}
 	require.EqualValues(t, minWindow, l.window.Load())
+	for range 50 { // 1,500 at once under way, each for 100 ms
+		l.Attempted(800*time.Millisecond, 1500*100*time.Millisecond)
+		adapt()
+	}
+	require.EqualValues(t, 3000, l.window.Load())
 }

@@ -101,6 +101,7 @@ type Relay struct {
 
 	sendCtx  context.Context // of all attempts and loads; ends when the grace period does
 	stopSend context.CancelFunc
+	crew     *crew
 
 	heard  atomic.Pointer[time.Time] // when Postgres was last heard of
 	lapsed atomic.Bool               // a lane waits for the lease, or for the stream, and is to be woken
@@ -167,6 +168,7 @@ func New(cfg Config) (*Relay, error) {
 		r.clerk = newClerk(cfg.Roll, r.log)
 	}
 	r.sendCtx, r.stopSend = context.WithCancel(context.Background())
+	r.crew = &crew{over: r.sendCtx, jobs: make(chan job)}
 	return r, nil
 }
 
@@ -349,16 +351,16 @@ func (r *Relay) look(ctx context.Context, src Stream) error {
 }
 
 // spill parks what has held the watermark for too long. While the buffer is full and stays
-// full it is not as patient.
+// full it is not as patient, unless the machine is the limit: to write all that down would make it slower yet.
 func (r *Relay) spill() {
-	r.ledger.Adapt(r.cfg.SpillAfter)
+	strained := r.ledger.Adapt(r.cfg.SpillAfter, time.Now())
 	oldest := r.ledger.Oldest()
 	if oldest.IsZero() {
 		return
 	}
 	now := time.Now()
 	patience := r.cfg.SpillAfter
-	if full := r.ledger.FullSince(); !full.IsZero() && now.Sub(full) > patience/4 {
+	if full := r.ledger.FullSince(); !strained && !full.IsZero() && now.Sub(full) > patience/4 {
 		patience /= 4
 	}
 	if before := now.Add(-patience); oldest.Before(before) {
@@ -1058,7 +1060,7 @@ func (r *Relay) route(ev *Event, to []*Lane, now time.Time) bool {
 		r.ledger.Open(ev.Position, 0, now)
 		return false
 	}
-	r.ledger.Hold(ev)
+	r.ledger.Hold(ev, len(lanes)+len(refused))
 	sp := r.ledger.Open(ev.Position, len(lanes)+len(refused), now)
 	for _, l := range lanes {
 		l.add(ev, sp, now)
@@ -1074,7 +1076,7 @@ func (r *Relay) route(ev *Event, to []*Lane, now time.Time) bool {
 func (r *Relay) buryRow(ev *Event, why *UnmappableError, now time.Time) {
 	r.log.Warn("a row cannot be mapped: it is a dead delivery now", zap.String("event", ev.ID), zap.Stringer("position", ev.Position), zap.String("reason", why.Reason))
 	r.metrics.unmappable.Inc()
-	r.ledger.Hold(ev)
+	r.ledger.Hold(ev, 1)
 	sp := r.ledger.Open(ev.Position, 1, now)
 	c := Change{Event: ev, Insert: true, State: StateDead, Reason: ReasonUnmappable, Detail: why.Reason}
 	c.Notice = r.deathOf(ev, "", 0, Outcome{Reason: c.Reason, Detail: c.Detail})

@@ -244,7 +244,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 // postByWire is post over HTTP/1.1, which needs neither a context nor a timer of its own.
 func (c *Client) postByWire(parent context.Context, t *target, m *message, begin time.Time, span trace.Span) (outbox.Outcome, effect) {
 	deadline := begin.Add(t.endpoint.Timeout)
-	w, got, err := t.pool.wires.exchange(parent, t, m, begin, deadline)
+	w, got, waited, err := t.pool.wires.exchange(parent, t, m, begin, deadline)
 	now := time.Now()
 	r := result{status: got.status, retryAfter: got.retryAfter, err: err}
 	if err != nil {
@@ -252,7 +252,7 @@ func (c *Client) postByWire(parent context.Context, t *target, m *message, begin
 		r.timedOut = !r.cut && !now.Before(deadline)
 	}
 	o, effect := c.conclude(t, r, got, begin, now, span)
-	if err == nil {
+	if o.Waited = waited; err == nil {
 		t.pool.wires.done(w, now, deadline)
 	}
 	return o, effect

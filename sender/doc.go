@@ -25,7 +25,8 @@
 //     time; one that fails is a failure of that endpoint, and of no other.
 //   - No outcome, log line, metric or error holds a URL, a query or a secret.
 //
-// What it never does: wait for anything but the network and (up to roomWait) a place in it,
+// What it never does: wait for anything but the network, (up to roomWait) a place in it and (up to shareWait)
+// a connection that others have,
 // retry, queue, follow a redirect, start a goroutine that outlives a request (net/http keeps two for each of its idle connections,
 // for at most idleConnTimeout), read a file, use a proxy that the endpoint does not name, or read an event's data
 // but by the rules of its endpoint's transform.

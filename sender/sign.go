@@ -74,8 +74,8 @@ type signature struct {
 
 // secretKey makes signatures with one secret. Exactly one of macs and ed is set.
 type secretKey struct {
-	prefix string     // before its signatures
-	macs   *sync.Pool // of *mac
+	prefix string // before its signatures
+	macs   *macs
 	ed     ed25519.PrivateKey
 }
 
@@ -88,7 +88,38 @@ type mac struct {
 
 // newMAC is a secretKey that signs by HMAC.
 func newMAC(algorithm func() hash.Hash, key []byte, prefix string) secretKey {
-	return secretKey{prefix: prefix, macs: &sync.Pool{New: func() any { return &mac{hash: hmac.New(algorithm, key)} }}}
+	return secretKey{prefix: prefix, macs: &macs{make: func() hash.Hash { return hmac.New(algorithm, key) }}}
+}
+
+// maxMACs is how many a key keeps. The time of a signature is short, so that few are in use at once.
+const maxMACs = 4
+
+// macs are those of one key. It is no sync.Pool, which each collection empties: with thousands of keys,
+// each would be made anew for almost every signature.
+type macs struct {
+	make func() hash.Hash
+
+	mu   sync.Mutex // guards what follows
+	free []*mac
+}
+
+func (s *macs) get() *mac {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.free); n > 0 {
+		m := s.free[n-1]
+		s.free = s.free[:n-1]
+		return m
+	}
+	return &mac{hash: s.make()}
+}
+
+func (s *macs) put(m *mac) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.free) < maxMACs {
+		s.free = append(s.free, m)
+	}
 }
 
 // parseSigning makes ready what signs the requests of an endpoint: nothing where its scheme is
@@ -330,7 +361,7 @@ func (s *signature) sign(id, timestamp string, b *body) string {
 			out = s.encode(out, ed25519.Sign(k.ed, s.signed(id, timestamp, b)))
 			continue
 		}
-		m := k.macs.Get().(*mac)
+		m := k.macs.get()
 		m.hash.Reset()
 		m.text = m.text[:0]
 		for _, p := range s.content {
@@ -347,7 +378,7 @@ func (s *signature) sign(id, timestamp string, b *body) string {
 		m.hash.Write(m.text)
 		m.sum = m.hash.Sum(m.sum[:0])
 		out = s.encode(out, m.sum)
-		k.macs.Put(m)
+		k.macs.put(m)
 	}
 	return string(out)
 }

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/textproto"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,6 +29,16 @@ const (
 	// quietAfter is from when on an idle connection is looked at before it is used again: a receiver ends
 	// idle ones after seconds, some with an answer (408) to nothing.
 	quietAfter = 100 * time.Millisecond
+	// sharedFrom is how many connections to one host there are before an attempt waits for one of them, up to
+	// shareWait, rather than open another. Only at a host that can answer within quickHost, where one comes back about as soon
+	// as another could be opened: thousands of endpoints of one host have a hundred connections then, and no more requests stand
+	// in the host's own queue. At a slow one each attempt has its own.
+	sharedFrom = 128
+	shareWait  = 250 * time.Millisecond
+	quickHost  = 20 * time.Millisecond
+	// hostMemory is for how long, and up to twice that, the quickest answer of a host is remembered. The quickest tells what
+	// it can; the usual one also how many we ask at once.
+	hostMemory = 10 * time.Second
 	// protocolKnown is for how long it is remembered that a host speaks HTTP/1.1 over TLS: it may learn HTTP/2.
 	protocolKnown = 15 * time.Minute
 )
@@ -62,7 +73,7 @@ type wire struct {
 	endless bool  // or else the body ends with the connection
 	keep    bool  // the connection may serve again
 
-	idleAt     time.Time // idle: since when
+	idleAt     time.Time // idle: since when; else when it was taken
 	next, prev *wire     // idle: in the list of all
 }
 
@@ -73,7 +84,7 @@ type wires struct {
 	maxIdle int
 
 	mu     sync.Mutex           // guards what follows
-	idle   map[string][]*wire   // by address, that used last at the end
+	hosts  map[string]*host     // by address, those that have connections
 	oldest *wire                // of all idle ones
 	newest *wire                //
 	count  int                  // of idle ones
@@ -81,10 +92,33 @@ type wires struct {
 	timer  *time.Timer          // nil while nothing is idle
 }
 
+// host is what there is of connections to one address.
+type host struct {
+	idle    []*wire       // that used last at the end
+	open    int           // of them, and of those in use or being made
+	least   time.Duration // that an attempt took since; zero where none ended
+	before  time.Duration // the same of the time before that
+	since   time.Time
+	waiting []chan *wire // attempts that wait for one, in turn; nil tells one to make its own
+}
+
+// note takes in how long an attempt took.
+func (h *host) note(took time.Duration, now time.Time) {
+	if now.Sub(h.since) > hostMemory {
+		h.before, h.least, h.since = h.least, took, now
+	}
+	h.least = min(h.least, took)
+}
+
+// quick tells whether the host can answer quickly. One that has not answered yet may.
+func (h *host) quick() bool {
+	return h.least <= quickHost || h.before != 0 && h.before <= quickHost
+}
+
 func newWires(dial dialFunc, secure *tls.Config, maxIdle int) *wires {
 	cfg := secure.Clone()
 	cfg.NextProtos = []string{"http/1.1"}
-	return &wires{dial: dial, tls: cfg, maxIdle: maxIdle, idle: map[string][]*wire{}, http1: map[string]time.Time{}}
+	return &wires{dial: dial, tls: cfg, maxIdle: maxIdle, hosts: map[string]*host{}, http1: map[string]time.Time{}}
 }
 
 // know tells whether the target's host is known to speak HTTP/1.1.
@@ -114,15 +148,16 @@ func (ws *wires) learn(address string, http1 bool, now time.Time) {
 }
 
 // exchange makes the request and reads the head of the answer, until the deadline, or the parent's end. It is made
-// again where a connection that was kept turns out to be dead: see trip.
-func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (*wire, reply, error) {
+// again where a connection that was kept turns out to be dead: see trip. waited is for how long there was none.
+func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (w *wire, got reply, waited time.Duration, err error) {
 	for tries := 1; ; tries++ {
-		w, err := ws.get(parent, t, begin, deadline)
+		var late time.Duration
+		w, late, err = ws.get(parent, t, begin, deadline)
+		waited += late
 		if err != nil {
-			return nil, reply{}, err
+			return nil, reply{}, waited, err
 		}
-		var got reply
-		if err = w.begin(parent, deadline); err == nil {
+		if err = w.begin(parent, begin.Add(waited), deadline); err == nil {
 			if err = w.send(t, m); err == nil || connectionEnded(err) { // it may have answered before it hung up
 				var wrong error
 				if got, wrong = w.receive(); wrong == nil || err == nil {
@@ -131,24 +166,57 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 			}
 		}
 		if err == nil {
-			return w, got, nil
+			return w, got, waited, nil
 		}
-		w.close()
+		ws.drop(w)
 		if !w.reused || tries > maxKept || parent.Err() != nil || !connectionEnded(err) {
-			return nil, reply{}, err
+			return nil, reply{}, waited, err
 		}
 	}
 }
 
-// get takes an idle connection, or makes one.
-func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time) (*wire, error) {
-	for w := ws.take(t.address); w != nil; w = ws.take(t.address) {
-		if now.Sub(w.idleAt) < quietAfter || w.quiet() {
-			return w, nil
+// get takes an idle connection, waits for one, or makes one.
+func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time) (w *wire, waited time.Duration, err error) {
+	for {
+		w, turn := ws.take(t.address)
+		if turn != nil {
+			w, waited = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)))
 		}
-		w.close()
+		if w == nil {
+			w, err = ws.open(parent, t, deadline)
+			if err != nil {
+				ws.gone(t.address)
+			}
+			return w, waited, err
+		}
+		if now.Sub(w.idleAt) < quietAfter || w.quiet() {
+			return w, waited, nil
+		}
+		ws.drop(w)
 	}
-	return ws.open(parent, t, deadline)
+}
+
+// await waits for a connection that another attempt gives back; nil where the caller is to make one.
+func (ws *wires) await(parent context.Context, address string, turn chan *wire, most time.Duration) (w *wire, waited time.Duration) {
+	begin := time.Now()
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case w = <-turn:
+		return w, time.Since(begin)
+	case <-timer.C:
+	case <-parent.Done():
+	}
+	ws.mu.Lock()
+	h := ws.hosts[address]
+	if i := slices.Index(h.waiting, turn); i >= 0 {
+		h.waiting = slices.Delete(h.waiting, i, i+1)
+		h.open++
+		ws.mu.Unlock()
+		return nil, time.Since(begin)
+	}
+	ws.mu.Unlock()
+	return <-turn, time.Since(begin) // it was given one this moment
 }
 
 // open makes a connection.
@@ -196,7 +264,8 @@ func (handshakeTimeout) Timeout() bool   { return true }
 func (handshakeTimeout) Temporary() bool { return true }
 
 // begin gives the connection to an attempt.
-func (w *wire) begin(parent context.Context, deadline time.Time) error {
+func (w *wire) begin(parent context.Context, now, deadline time.Time) error {
+	w.idleAt = now
 	if w.cutBy != parent {
 		if w.uncut != nil && !w.uncut() {
 			return net.ErrClosed // the end of another attempt's context has cut it, or is about to
@@ -423,7 +492,7 @@ var errLongHead = errors.New("server response headers exceeded the limit")
 // where it can be.
 func (ws *wires) done(w *wire, now, deadline time.Time) {
 	if !w.drained(now, deadline) || !w.keep || w.in.Buffered() > 0 {
-		w.close()
+		ws.drop(w)
 		return
 	}
 	w.reused = true
@@ -462,32 +531,68 @@ func (w *wire) drained(now, deadline time.Time) bool {
 	return err == nil
 }
 
-// take takes the idle connection that was used last; nil where there is none.
-func (ws *wires) take(address string) *wire {
+// take takes the idle connection that was used last. Where there is none, the caller is to make one, which is counted
+// already, or to wait for its turn.
+func (ws *wires) take(address string) (w *wire, turn chan *wire) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if stack := ws.idle[address]; len(stack) > 0 {
-		w := stack[len(stack)-1]
-		ws.remove(w)
-		return w
+	h := ws.hosts[address]
+	if h == nil {
+		h = &host{}
+		ws.hosts[address] = h
 	}
-	return nil
+	switch {
+	case len(h.idle) > 0:
+		w = h.idle[len(h.idle)-1]
+		ws.remove(w)
+	case h.open < sharedFrom || !h.quick():
+		h.open++
+	default:
+		turn = make(chan *wire, 1)
+		h.waiting = append(h.waiting, turn)
+	}
+	return w, turn
+}
+
+// drop closes a connection that was taken.
+func (ws *wires) drop(w *wire) {
+	w.close()
+	ws.gone(w.address)
+}
+
+// gone tells that a connection that was taken, or was to be made, is none.
+func (ws *wires) gone(address string) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	ws.goneLocked(address)
+}
+
+func (ws *wires) goneLocked(address string) {
+	h := ws.hosts[address]
+	if h.open--; len(h.waiting) > 0 && h.open < sharedFrom {
+		h.open++
+		h.next() <- nil
+	} else if h.open == 0 {
+		delete(ws.hosts, address)
+	}
+}
+
+// next is the attempt whose turn it is.
+func (h *host) next() chan *wire {
+	turn := h.waiting[0]
+	h.waiting[0] = nil
+	h.waiting = h.waiting[1:]
+	return turn
 }
 
 // remove takes a connection out of the idle ones. ws.mu is held.
 func (ws *wires) remove(w *wire) {
-	stack := ws.idle[w.address]
-	i := len(stack) - 1
-	for i >= 0 && stack[i] != w {
+	h := ws.hosts[w.address]
+	i := len(h.idle) - 1
+	for i >= 0 && h.idle[i] != w {
 		i--
 	}
-	copy(stack[i:], stack[i+1:])
-	stack[len(stack)-1] = nil
-	if stack = stack[:len(stack)-1]; len(stack) == 0 {
-		delete(ws.idle, w.address)
-	} else {
-		ws.idle[w.address] = stack
-	}
+	h.idle = slices.Delete(h.idle, i, i+1)
 	if w.prev != nil {
 		w.prev.next = w.next
 	} else {
@@ -502,21 +607,34 @@ func (ws *wires) remove(w *wire) {
 	ws.count--
 }
 
-// put keeps a connection, and closes the one that has been idle for longest where there are too many.
+// put gives a connection to whoever waits for one, or keeps it, and closes the one that has been idle for longest where
+// there are too many.
 func (ws *wires) put(w *wire, now time.Time) {
+	took := now.Sub(w.idleAt)
 	w.idleAt = now
 	var extra *wire
 	ws.mu.Lock()
-	switch stack := ws.idle[w.address]; {
-	case len(stack) >= maxIdlePerHost:
-		extra = stack[0]
+	h := ws.hosts[w.address]
+	h.note(took, now)
+	if len(h.waiting) > 0 {
+		h.next() <- w
+		for len(h.waiting) > 0 && !h.quick() {
+			h.open++
+			h.next() <- nil
+		}
+		ws.mu.Unlock()
+		return
+	}
+	switch {
+	case len(h.idle) >= maxIdlePerHost:
+		extra = h.idle[0]
 	case ws.count >= ws.maxIdle:
 		extra = ws.oldest
 	}
 	if extra != nil {
 		ws.remove(extra)
 	}
-	ws.idle[w.address] = append(ws.idle[w.address], w)
+	h.idle = append(h.idle, w)
 	if w.prev = ws.newest; w.prev != nil {
 		w.prev.next = w
 	} else {
@@ -529,7 +647,7 @@ func (ws *wires) put(w *wire, now time.Time) {
 	}
 	ws.mu.Unlock()
 	if extra != nil {
-		extra.close()
+		ws.drop(extra)
 	}
 }
 
@@ -556,7 +674,7 @@ func (ws *wires) shut(before time.Time) {
 	}
 	ws.mu.Unlock()
 	for _, w := range old {
-		w.close()
+		ws.drop(w)
 	}
 }
 

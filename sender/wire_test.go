@@ -204,6 +204,12 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 		near, other := net.Pipe()
 		w := &wire{Conn: near, address: address, reused: true}
 		far[w] = other
+		ws.mu.Lock()
+		if ws.hosts[address] == nil {
+			ws.hosts[address] = &host{}
+		}
+		ws.hosts[address].open++
+		ws.mu.Unlock()
 		ws.put(w, time.Now())
 		return w
 	}
@@ -215,13 +221,20 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 	a, b, c := idle("a"), idle("b"), idle("a")
 	d := idle("c")
 	require.True(t, closed(a), "of too many the one that was used least lately")
-	require.Nil(t, ws.take("x"))
-	require.Same(t, c, ws.take("a"))
-	require.Nil(t, ws.take("a"))
+	take := func(address string) *wire {
+		w, turn := ws.take(address)
+		require.Nil(t, turn)
+		if w == nil {
+			ws.gone(address) // it was counted as one to be made
+		}
+		return w
+	}
+	require.Nil(t, take("x"))
+	require.Same(t, c, take("a"))
+	require.Nil(t, take("a"))
 	ws.put(c, time.Now())
 	require.Equal(t, 3, ws.aged(idleConnTimeout/2))
-	c = ws.take("a")
-	ws.put(c, time.Now())
+	ws.put(take("a"), time.Now())
 	require.Equal(t, 3, ws.aged(idleConnTimeout/2+time.Second))
 	ws.expire()
 	require.True(t, closed(b) && closed(d))
@@ -230,7 +243,78 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 	require.True(t, closed(c))
 	require.Zero(t, ws.count)
 	require.Nil(t, ws.timer)
-	require.Empty(t, ws.idle)
+	require.Empty(t, ws.hosts)
+}
+
+// Where a receiver is quick, many attempts share its connections; where it is slow, each has one in the end.
+func TestManyAttemptsAtOneHostShareItsConnections(t *testing.T) {
+	const attempts = 2 * sharedFrom
+	for name, hangs := range map[string]bool{"quick": false, "slow": true} {
+		t.Run(name, func(t *testing.T) {
+			var conns, arrived atomic.Int32
+			all := make(chan struct{})
+			url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+				conns.Add(1)
+				for {
+					if _, _, err := take(in); err != nil {
+						return
+					}
+					if arrived.Add(1) == attempts {
+						close(all)
+					}
+					if hangs {
+						<-all
+					}
+					_, _ = io.WriteString(conn, ok)
+				}
+			})
+			b := setup(t, nil)
+			e := endpoint(url, timeout(patience))
+			outcomes := make(chan outbox.Outcome, attempts)
+			for range attempts {
+				go func() {
+					outcomes <- b.Send(t.Context(), outbox.Attempt{Event: event(), Endpoint: e, Number: 1})
+				}()
+			}
+			waited := 0
+			for range attempts {
+				o := <-outcomes
+				require.Equal(t, outbox.Delivered, o.Verdict, o.Detail)
+				if o.Waited > 0 {
+					waited++
+				}
+			}
+			if hangs {
+				require.EqualValues(t, attempts, conns.Load())
+				require.Equal(t, attempts-sharedFrom, waited)
+			}
+			require.LessOrEqual(t, conns.Load(), int32(attempts))
+			ws := b.wiresOf()
+			require.LessOrEqual(t, ws.aged(0), maxIdlePerHost)
+			b.Close()
+			ws.mu.Lock()
+			defer ws.mu.Unlock()
+			require.Empty(t, ws.hosts, "what is open is counted exactly")
+		})
+	}
+}
+
+// An attempt that waits for a connection is cut with its context, and hands on what it was given too late.
+func TestAWaitForAConnectionEndsWithItsContext(t *testing.T) {
+	ws := newWires(func(ctx context.Context, _, _ string) (net.Conn, error) { return nil, ctx.Err() }, new(tls.Config), 3)
+	ws.hosts["a"] = &host{open: sharedFrom}
+	to := &target{address: "a", way: way{guard: guard{plain: true}}}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, _, err := ws.get(ctx, to, time.Now(), time.Now().Add(patience))
+	require.ErrorIs(t, err, context.Canceled)
+	require.Equal(t, sharedFrom, ws.hosts["a"].open)
+	require.Empty(t, ws.hosts["a"].waiting)
+
+	_, turn := ws.take("a")
+	ws.gone("a") // one that was in use is closed: the next attempt makes its own
+	require.Nil(t, <-turn)
+	require.Equal(t, sharedFrom, ws.hosts["a"].open)
 }
 
 // The end of a context cuts its attempt, and none of another context that has the same wire.
