@@ -36,6 +36,9 @@ const (
 	sharedFrom = 128
 	shareWait  = 250 * time.Millisecond
 	quickHost  = 20 * time.Millisecond
+	// stuckAfter is from when on a connection in use is none that may come back soon, and counts no more: an endpoint that
+	// hangs keeps none from the others of its host.
+	stuckAfter = 100 * time.Millisecond
 	// hostMemory is for how long, and up to twice that, the quickest answer of a host is remembered. The quickest tells what
 	// it can; the usual one also how many we ask at once.
 	hostMemory = 10 * time.Second
@@ -63,6 +66,7 @@ type wire struct {
 	address string
 
 	reused bool            // it has brought an answer before
+	old    bool            // it was idle for longer than quietAfter before it was taken
 	cutBy  context.Context // whose end cuts the attempt under way
 	uncut  func() bool     // ends that
 
@@ -74,7 +78,8 @@ type wire struct {
 	keep    bool  // the connection may serve again
 
 	idleAt     time.Time // idle: since when; else when it was taken
-	next, prev *wire     // idle: in the list of all
+	next, prev *wire     // idle: in the list of all; in use: in that of its host
+	stuck      bool      // in use: for longer than stuckAfter
 }
 
 // wires are the connections of a transport that are wires, and know which hosts they are for.
@@ -99,7 +104,55 @@ type host struct {
 	least   time.Duration // that an attempt took since; zero where none ended
 	before  time.Duration // the same of the time before that
 	since   time.Time
+	longest *wire        // in use
+	latest  *wire        // in use
+	young   *wire        // of those in use the first that is not stuck
+	stuck   int          // how many are
 	waiting []chan *wire // attempts that wait for one, in turn; nil tells one to make its own
+}
+
+// use enters a connection into those in use.
+func (h *host) use(w *wire, now time.Time) {
+	w.idleAt, w.stuck, w.next, w.prev = now, false, nil, h.latest
+	if w.prev != nil {
+		w.prev.next = w
+	} else {
+		h.longest = w
+	}
+	if h.latest = w; h.young == nil {
+		h.young = w
+	}
+}
+
+// unuse takes one out of them.
+func (h *host) unuse(w *wire) {
+	if w.stuck {
+		h.stuck--
+	}
+	if h.young == w {
+		h.young = w.next
+	}
+	if w.prev != nil {
+		w.prev.next = w.next
+	} else {
+		h.longest = w.next
+	}
+	if w.next != nil {
+		w.next.prev = w.prev
+	} else {
+		h.latest = w.prev
+	}
+	w.next, w.prev = nil, nil
+}
+
+// full tells whether an attempt may hope for a connection in use rather than open one more.
+func (h *host) full(now time.Time) bool {
+	for h.open-h.stuck >= sharedFrom && h.young != nil && now.Sub(h.young.idleAt) > stuckAfter {
+		h.young.stuck = true
+		h.stuck++
+		h.young = h.young.next
+	}
+	return h.open-h.stuck >= sharedFrom && h.quick()
 }
 
 // note takes in how long an attempt took.
@@ -157,7 +210,7 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 		if err != nil {
 			return nil, reply{}, waited, err
 		}
-		if err = w.begin(parent, begin.Add(waited), deadline); err == nil {
+		if err = w.begin(parent, deadline); err == nil {
 			if err = w.send(t, m); err == nil || connectionEnded(err) { // it may have answered before it hung up
 				var wrong error
 				if got, wrong = w.receive(); wrong == nil || err == nil {
@@ -178,18 +231,21 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 // get takes an idle connection, waits for one, or makes one.
 func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time) (w *wire, waited time.Duration, err error) {
 	for {
-		w, turn := ws.take(t.address)
+		w, turn := ws.take(t.address, now.Add(waited))
 		if turn != nil {
 			w, waited = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)))
 		}
 		if w == nil {
-			w, err = ws.open(parent, t, deadline)
-			if err != nil {
+			if w, err = ws.open(parent, t, deadline); err != nil {
 				ws.gone(t.address)
+				return nil, waited, err
 			}
-			return w, waited, err
+			ws.mu.Lock()
+			ws.hosts[t.address].use(w, time.Now())
+			ws.mu.Unlock()
+			return w, waited, nil
 		}
-		if now.Sub(w.idleAt) < quietAfter || w.quiet() {
+		if !w.old || w.quiet() {
 			return w, waited, nil
 		}
 		ws.drop(w)
@@ -264,8 +320,7 @@ func (handshakeTimeout) Timeout() bool   { return true }
 func (handshakeTimeout) Temporary() bool { return true }
 
 // begin gives the connection to an attempt.
-func (w *wire) begin(parent context.Context, now, deadline time.Time) error {
-	w.idleAt = now
+func (w *wire) begin(parent context.Context, deadline time.Time) error {
 	if w.cutBy != parent {
 		if w.uncut != nil && !w.uncut() {
 			return net.ErrClosed // the end of another attempt's context has cut it, or is about to
@@ -533,7 +588,7 @@ func (w *wire) drained(now, deadline time.Time) bool {
 
 // take takes the idle connection that was used last. Where there is none, the caller is to make one, which is counted
 // already, or to wait for its turn.
-func (ws *wires) take(address string) (w *wire, turn chan *wire) {
+func (ws *wires) take(address string, now time.Time) (w *wire, turn chan *wire) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	h := ws.hosts[address]
@@ -545,7 +600,9 @@ func (ws *wires) take(address string) (w *wire, turn chan *wire) {
 	case len(h.idle) > 0:
 		w = h.idle[len(h.idle)-1]
 		ws.remove(w)
-	case h.open < sharedFrom || !h.quick():
+		w.old = now.Sub(w.idleAt) >= quietAfter
+		h.use(w, now)
+	case !h.full(now):
 		h.open++
 	default:
 		turn = make(chan *wire, 1)
@@ -557,10 +614,13 @@ func (ws *wires) take(address string) (w *wire, turn chan *wire) {
 // drop closes a connection that was taken.
 func (ws *wires) drop(w *wire) {
 	w.close()
-	ws.gone(w.address)
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	ws.hosts[w.address].unuse(w)
+	ws.goneLocked(w.address)
 }
 
-// gone tells that a connection that was taken, or was to be made, is none.
+// gone tells that a connection that was to be made is none.
 func (ws *wires) gone(address string) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
@@ -569,7 +629,7 @@ func (ws *wires) gone(address string) {
 
 func (ws *wires) goneLocked(address string) {
 	h := ws.hosts[address]
-	if h.open--; len(h.waiting) > 0 && h.open < sharedFrom {
+	if h.open--; len(h.waiting) > 0 && h.open-h.stuck < sharedFrom {
 		h.open++
 		h.next() <- nil
 	} else if h.open == 0 {
@@ -610,13 +670,15 @@ func (ws *wires) remove(w *wire) {
 // put gives a connection to whoever waits for one, or keeps it, and closes the one that has been idle for longest where
 // there are too many.
 func (ws *wires) put(w *wire, now time.Time) {
-	took := now.Sub(w.idleAt)
-	w.idleAt = now
 	var extra *wire
 	ws.mu.Lock()
 	h := ws.hosts[w.address]
-	h.note(took, now)
+	h.note(now.Sub(w.idleAt), now)
+	h.unuse(w)
+	w.idleAt = now
 	if len(h.waiting) > 0 {
+		w.old = false
+		h.use(w, now)
 		h.next() <- w
 		for len(h.waiting) > 0 && !h.quick() {
 			h.open++
@@ -645,9 +707,12 @@ func (ws *wires) put(w *wire, now time.Time) {
 	if ws.timer == nil {
 		ws.timer = time.AfterFunc(idleConnTimeout, ws.expire)
 	}
+	if extra != nil {
+		ws.goneLocked(extra.address)
+	}
 	ws.mu.Unlock()
 	if extra != nil {
-		ws.drop(extra)
+		extra.close()
 	}
 }
 
@@ -663,6 +728,7 @@ func (ws *wires) shut(before time.Time) {
 	ws.mu.Lock()
 	for w := ws.oldest; w != nil && (before.IsZero() || !w.idleAt.After(before)); w = ws.oldest {
 		ws.remove(w)
+		ws.goneLocked(w.address)
 		old = append(old, w)
 	}
 	switch {
@@ -674,7 +740,7 @@ func (ws *wires) shut(before time.Time) {
 	}
 	ws.mu.Unlock()
 	for _, w := range old {
-		ws.drop(w)
+		w.close()
 	}
 }
 

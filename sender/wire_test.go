@@ -209,6 +209,7 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 			ws.hosts[address] = &host{}
 		}
 		ws.hosts[address].open++
+		ws.hosts[address].use(w, time.Now())
 		ws.mu.Unlock()
 		ws.put(w, time.Now())
 		return w
@@ -222,7 +223,7 @@ func TestIdleWiresAreFewAndEnd(t *testing.T) {
 	d := idle("c")
 	require.True(t, closed(a), "of too many the one that was used least lately")
 	take := func(address string) *wire {
-		w, turn := ws.take(address)
+		w, turn := ws.take(address, time.Now())
 		require.Nil(t, turn)
 		if w == nil {
 			ws.gone(address) // it was counted as one to be made
@@ -299,6 +300,35 @@ func TestManyAttemptsAtOneHostShareItsConnections(t *testing.T) {
 	}
 }
 
+// Connections of requests that hang count no more after a moment, and the others of the host go on as before.
+func TestHangingRequestsKeepNoConnectionFromOthers(t *testing.T) {
+	now := time.Now()
+	h := &host{}
+	var all []*wire
+	for range sharedFrom {
+		require.False(t, h.full(now))
+		w := &wire{}
+		all = append(all, w)
+		h.open++
+		h.use(w, now)
+	}
+	require.True(t, h.full(now))
+	require.True(t, h.full(now.Add(stuckAfter)))
+	require.False(t, h.full(now.Add(stuckAfter+1)))
+	require.Equal(t, 1, h.stuck, "as many as need be")
+	h.open++
+	h.use(&wire{}, now.Add(stuckAfter+1))
+	require.False(t, h.full(now.Add(stuckAfter+2)))
+	for _, w := range all {
+		h.unuse(w)
+		h.open--
+	}
+	require.Zero(t, h.stuck)
+	require.Same(t, h.longest, h.latest)
+	require.Same(t, h.longest, h.young)
+	require.False(t, h.full(now))
+}
+
 // An attempt that waits for a connection is cut with its context, and hands on what it was given too late.
 func TestAWaitForAConnectionEndsWithItsContext(t *testing.T) {
 	ws := newWires(func(ctx context.Context, _, _ string) (net.Conn, error) { return nil, ctx.Err() }, new(tls.Config), 3)
@@ -311,7 +341,7 @@ func TestAWaitForAConnectionEndsWithItsContext(t *testing.T) {
 	require.Equal(t, sharedFrom, ws.hosts["a"].open)
 	require.Empty(t, ws.hosts["a"].waiting)
 
-	_, turn := ws.take("a")
+	_, turn := ws.take("a", time.Now())
 	ws.gone("a") // one that was in use is closed: the next attempt makes its own
 	require.Nil(t, <-turn)
 	require.Equal(t, sharedFrom, ws.hosts["a"].open)
