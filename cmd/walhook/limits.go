@@ -16,7 +16,7 @@ const (
 	// An attempt has two descriptors for a moment (a name is asked for by IPv4 and IPv6, and two
 	// addresses may be raced), and one connection may stay idle for each.
 	descriptorsPerAttempt = 3
-	// mostIdle connections are as many as are worth their memory: each has two goroutines and buffers.
+	// mostIdle connections are as many as are worth their memory: each has buffers, and under net/http two goroutines.
 	mostIdle = 1024
 	// enoughAttempts at once, or one for each endpoint where those are more, are what a limit should allow.
 	enoughAttempts = 1000
