@@ -86,6 +86,7 @@
 {{- if not (or $v.database.existingSecret (dig "database" "url" "" $v.config)) }}
 {{- fail "database.existingSecret: name the Secret that says where Postgres is, as CloudNativePG's <cluster>-app; or give config.database.url" }}
 {{- end }}
+{{- $defaults := $v.config.defaults | default dict }}
 {{- $ids := dict }}
 {{- range $i, $endpoint := $v.config.endpoints }}
 {{- with $endpoint.id }}
@@ -93,6 +94,23 @@
 {{- fail (printf "config.endpoints[%d].id: %s is the id of endpoints[%d], too" $i . (index $ids .)) }}
 {{- end }}
 {{- $_ := set $ids . $i }}
+{{- end }}
+{{- $signing := hasKey $endpoint "signing" | ternary $endpoint.signing ($defaults.signing | default "standard") }}
+{{- $schemes := kindIs "slice" $signing | ternary $signing (list $signing) }}
+{{- $secrets := hasKey $endpoint "secrets" | ternary $endpoint.secrets $defaults.secrets }}
+{{- if has "standard" $schemes }}
+{{- range $j, $secret := $secrets }}
+{{- if not (regexMatch `^whsec_|^whsk_|\$\{` $secret) }}
+{{- fail (printf "config.endpoints[%d].secrets[%d]: signing standard takes those that begin with whsec_ or whsk_" $i $j) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if not $secrets }}
+{{- range without $schemes "standard" "none" }}
+{{- if not (and (kindIs "string" .) (contains "${" .)) }}
+{{- fail (printf "config.endpoints[%d].secrets: signing %s needs one" $i (kindIs "string" . | ternary . "of your own")) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- with dig "server" "listen" "" $v.config }}
