@@ -115,7 +115,7 @@ func (tr *transport) CloseIdleConnections() {
 
 // takes tells whether a request goes by a wire.
 func (tr *transport) takes(t *target, m *message, now time.Time) bool {
-	return tr != nil && t.wired && m.body.size() <= maxWireBody && tr.wires.know(t, now)
+	return tr != nil && t.wired && m.size() <= maxWireRequest && tr.wires.know(t, now)
 }
 
 // learn notes what an answer shows of its host.

@@ -276,11 +276,13 @@ func TestEndlessHTTP2AnswersCostLittleMemory(t *testing.T) {
 			runtime.GC()
 			runtime.ReadMemStats(&before)
 			o := b.send(endpoint(url, trusting, timeout(500*time.Millisecond)))
-			runtime.GC()
-			runtime.ReadMemStats(&after)
 			require.Equal(t, c.want.Verdict, o.Verdict, o.Detail)
 			require.Equal(t, c.want.Status, o.Status)
-			require.Less(t, int64(after.HeapAlloc)-int64(before.HeapAlloc), int64(8<<20), "bytes kept")
+			require.Eventually(t, func() bool { // net/http gives up a stream in a goroutine of its own
+				runtime.GC()
+				runtime.ReadMemStats(&after)
+				return int64(after.HeapAlloc)-int64(before.HeapAlloc) < 8<<20
+			}, patience, 10*time.Millisecond, "bytes kept")
 		})
 	}
 }

@@ -138,6 +138,15 @@ func (m *message) get(name string) string {
 	return ""
 }
 
+// size is about what the message takes on the wire of HTTP/1.1, in bytes.
+func (m *message) size() int64 {
+	n := m.body.size()
+	for _, f := range m.fields {
+		n += int64(len(f.name) + len(f.value) + len(": \r\n"))
+	}
+	return n
+}
+
 // request is the message as net/http takes it. Nothing in it is shared with another request but what
 // nobody writes to: net/http's write loop may outlive the attempt.
 func (m *message) request(ctx context.Context, t *target) *http.Request {

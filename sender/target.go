@@ -180,7 +180,7 @@ func parse(e *outbox.Endpoint) (*target, error) {
 		fmt.Fprintf(secret, "%d:%s", len(part), part)
 	}
 	t.route = fmt.Sprintf("%s plain=%t allow=%v deny=%v tls=%s %x",
-		e.Origin, t.way.guard.plain && e.Origin != outbox.FromFile, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, secret.Sum(nil))
+		e.Origin, t.way.guard.plain, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, secret.Sum(nil))
 	return t, nil
 }
 

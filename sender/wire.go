@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/textproto"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,14 +23,11 @@ import (
 )
 
 const (
-	// maxWireBody is how large a body a wire takes, in bytes. The socket's buffer holds so much: a receiver
-	// that answers before it has read the request keeps no writer waiting. net/http reads while it writes.
-	maxWireBody = 16 << 10
+	// maxWireRequest is how large a request a wire takes, in bytes, headers and body together. The socket's buffer
+	// holds so much: a receiver that answers before it has read the request keeps no writer waiting. net/http reads while it writes.
+	maxWireRequest = 16 << 10
 	// wireBuffer is how much of an answer is read at once; most have less in all.
 	wireBuffer = 2 << 10
-	// quietAfter is from when on an idle connection is looked at before it is used again: a receiver ends
-	// idle ones after seconds, some with an answer (408) to nothing.
-	quietAfter = 100 * time.Millisecond
 	// sharedFrom is how many connections to one host there are before an attempt waits for one of them, up to
 	// shareWait, rather than open another. Only at a host that can answer within quickHost, where one comes back about as soon
 	// as another could be opened: thousands of endpoints of one host have a hundred connections then, and no more requests stand
@@ -62,11 +61,12 @@ const (
 type wire struct {
 	net.Conn
 	raw     syscall.RawConn // below any TLS
+	peek    func(uintptr)   // notes in empty whether nothing has come on it
+	empty   bool
 	in      *bufio.Reader
 	address string
 
 	reused bool            // it has brought an answer before
-	old    bool            // it was idle for longer than quietAfter before it was taken
 	cutBy  context.Context // whose end cuts the attempt under way
 	uncut  func() bool     // ends that
 
@@ -94,6 +94,7 @@ type wires struct {
 	newest *wire                //
 	count  int                  // of idle ones
 	http1  map[string]time.Time // addresses that spoke HTTP/1.1 over TLS, and when they were last seen to
+	swept  int                  // how many http1 had when the old ones were last taken out
 	timer  *time.Timer          // nil while nothing is idle
 }
 
@@ -193,10 +194,13 @@ func (ws *wires) know(t *target, now time.Time) bool {
 func (ws *wires) learn(address string, http1 bool, now time.Time) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if http1 {
-		ws.http1[address] = now
-	} else {
+	if !http1 {
 		delete(ws.http1, address)
+		return
+	}
+	if ws.http1[address] = now; len(ws.http1) > 2*ws.swept {
+		maps.DeleteFunc(ws.http1, func(_ string, seen time.Time) bool { return now.Sub(seen) > protocolKnown })
+		ws.swept = max(len(ws.http1), 64)
 	}
 }
 
@@ -222,6 +226,9 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 			return w, got, waited, nil
 		}
 		ws.drop(w)
+		if _, secured := w.Conn.(*tls.Conn); secured && !w.reused && parent.Err() == nil {
+			ws.learn(t.address, false, begin) // it may have given up HTTP/1.1: net/http asks the next time
+		}
 		if !w.reused || tries > maxKept || parent.Err() != nil || !connectionEnded(err) {
 			return nil, reply{}, waited, err
 		}
@@ -233,10 +240,13 @@ func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time)
 	for {
 		w, turn := ws.take(t.address, now.Add(waited))
 		if turn != nil {
-			w, waited = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)))
+			w, waited = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)/4))
 		}
 		if w == nil {
 			if w, err = ws.open(parent, t, deadline); err != nil {
+				if parent.Err() == nil {
+					ws.learn(t.address, false, now)
+				}
 				ws.gone(t.address)
 				return nil, waited, err
 			}
@@ -245,7 +255,7 @@ func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time)
 			ws.mu.Unlock()
 			return w, waited, nil
 		}
-		if !w.old || w.quiet() {
+		if (w.cutBy == parent || w.cutBy.Err() == nil) && w.quiet() {
 			return w, waited, nil
 		}
 		ws.drop(w)
@@ -290,6 +300,11 @@ func (ws *wires) open(parent context.Context, t *target, deadline time.Time) (*w
 	}
 	if sc, ok := under.(syscall.Conn); ok {
 		w.raw, _ = sc.SyscallConn()
+		w.peek = func(fd uintptr) {
+			var b [1]byte
+			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+			w.empty = errors.Is(err, syscall.EAGAIN)
+		}
 	}
 	if !t.way.guard.plain {
 		cfg := ws.tls.Clone()
@@ -338,22 +353,28 @@ func (w *wire) close() {
 	if w.uncut != nil {
 		w.uncut()
 	}
+	if secured, ok := w.Conn.(*tls.Conn); ok {
+		_ = secured.NetConn().Close() // its own Close waits up to 5 s for room for an alert
+		return
+	}
 	_ = w.Close()
 }
 
-// quiet tells whether nothing has come on an idle connection, not its end either.
+// quiet tells whether nothing has come on a connection between two attempts, not its end either. Receivers end idle ones, some
+// with an answer (408) to nothing; it would be taken for that to the next request.
 func (w *wire) quiet() bool {
 	if w.raw == nil || w.in.Buffered() > 0 {
 		return false
 	}
-	nothing := false
-	err := w.raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		nothing = errors.Is(err, syscall.EAGAIN)
-		return true
-	})
-	return err == nil && nothing
+	if _, secured := w.Conn.(*tls.Conn); secured { // it may hold a record that it has read with the last one
+		if w.SetReadDeadline(time.Unix(1, 0)) != nil {
+			return false
+		}
+		if _, err := w.in.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return false
+		}
+	}
+	return w.raw.Control(w.peek) == nil && w.empty // its Read would mind the deadline of the last attempt
 }
 
 var requestBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
@@ -600,7 +621,6 @@ func (ws *wires) take(address string, now time.Time) (w *wire, turn chan *wire) 
 	case len(h.idle) > 0:
 		w = h.idle[len(h.idle)-1]
 		ws.remove(w)
-		w.old = now.Sub(w.idleAt) >= quietAfter
 		h.use(w, now)
 	case !h.full(now):
 		h.open++
@@ -677,7 +697,6 @@ func (ws *wires) put(w *wire, now time.Time) {
 	h.unuse(w)
 	w.idleAt = now
 	if len(h.waiting) > 0 {
-		w.old = false
 		h.use(w, now)
 		h.next() <- w
 		for len(h.waiting) > 0 && !h.quick() {

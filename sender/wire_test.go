@@ -11,8 +11,10 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -156,7 +158,7 @@ func TestWhatComesUnaskedIsNoAnswer(t *testing.T) {
 	} {
 		for _, together := range []bool{true, false} {
 			t.Run(fmt.Sprint(name, " together=", together), func(t *testing.T) {
-				said := make(chan struct{}, 10)
+				answered, said := make(chan struct{}), make(chan struct{}, 1)
 				var requests atomic.Int32
 				url := raw(t, func(n int, conn net.Conn, in *bufio.Reader) {
 					for {
@@ -172,7 +174,7 @@ func TestWhatComesUnaskedIsNoAnswer(t *testing.T) {
 							_, _ = io.WriteString(conn, ok+after)
 						default:
 							_, _ = io.WriteString(conn, ok)
-							<-said // the attempt has ended
+							<-answered
 							_, _ = io.WriteString(conn, after)
 						}
 						_ = conn.(*net.TCPConn).CloseWrite()
@@ -183,13 +185,10 @@ func TestWhatComesUnaskedIsNoAnswer(t *testing.T) {
 				})
 				b := setup(t, nil)
 				require.Equal(t, 200, b.send(endpoint(url)).Status)
-				if together {
-					<-said
-				} else {
-					said <- struct{}{}
-					<-said
+				if !together {
+					close(answered)
 				}
-				b.wiresOf().aged(time.Minute / 2)
+				<-said
 				require.Equal(t, outbox.Outcome{Verdict: outbox.Delivered, Status: 201}, b.send(endpoint(url)))
 				require.EqualValues(t, 2, requests.Load())
 			})
@@ -381,6 +380,230 @@ func TestAContextCutsItsOwnAttemptsOnly(t *testing.T) {
 	require.Equal(t, outbox.Cut, (<-over).Verdict)
 	close(hang)
 	require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+}
+
+// overTLS is raw behind TLS. hold gathers what is written, until release writes it in one piece.
+func overTLS(t *testing.T, cert *tls.Certificate, serve func(n int, conn net.Conn, in *bufio.Reader, hold, release func())) (url string) {
+	return strings.Replace(raw(t, func(n int, conn net.Conn, _ *bufio.Reader) {
+		g := &gathering{Conn: conn}
+		secured := tls.Server(g, &tls.Config{Certificates: []tls.Certificate{*cert}})
+		if secured.Handshake() == nil {
+			serve(n, secured, bufio.NewReader(secured), func() { g.hold = true }, func() {
+				g.hold = false
+				_, _ = g.Conn.Write(g.held)
+				g.held = nil
+			})
+		}
+	}), "http", "https", 1)
+}
+
+type gathering struct {
+	net.Conn
+	hold bool
+	held []byte
+}
+
+func (g *gathering) Write(p []byte) (int, error) {
+	if !g.hold {
+		return g.Conn.Write(p)
+	}
+	g.held = append(g.held, p...)
+	return len(p), nil
+}
+
+// TLS reads ahead: what came with the answer is in no socket any more, and in no buffer of ours yet.
+func TestARecordBehindTheAnswersIsNoAnswer(t *testing.T) {
+	cert, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	url := overTLS(t, cert, func(n int, conn net.Conn, in *bufio.Reader, hold, release func()) {
+		for turn := 0; ; turn++ {
+			if _, _, err := take(in); err != nil {
+				return
+			}
+			if n != 2 || turn > 0 { // the first connection is net/http's
+				_, _ = io.WriteString(conn, "HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+				continue
+			}
+			hold()
+			_, _ = io.WriteString(conn, ok)
+			_, _ = io.WriteString(conn, ok)
+			release()
+		}
+	})
+	b := setup(t, nil)
+	e := endpoint(url, func(e *outbox.Endpoint) { e.TLS.CA = ca })
+	for _, want := range []int{201, 200, 201, 201} {
+		require.Equal(t, want, b.send(e).Status)
+	}
+}
+
+// One port may speak both, and what is meant for TLS never goes without.
+func TestHTTPAndHTTPSOfOneAddressShareNoConnection(t *testing.T) {
+	cert, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	came := make(chan string, 10)
+	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+		first, err := in.Peek(1)
+		if err != nil {
+			return
+		}
+		way := " plain"
+		if first[0] == 0x16 { // a handshake
+			secured := tls.Server(&ahead{conn, in}, &tls.Config{Certificates: []tls.Certificate{*cert}})
+			way, conn, in = " TLS", secured, bufio.NewReader(secured)
+		}
+		for {
+			r, _, err := take(in)
+			if err != nil {
+				return
+			}
+			came <- r.URL.Path + way
+			_, _ = io.WriteString(conn, ok)
+		}
+	})
+	b := setup(t, nil)
+	open := endpoint(url+"open", func(e *outbox.Endpoint) { e.ID, e.TLS.CA = "open", ca })
+	secure := endpoint(strings.Replace(url, "http", "https", 1)+"secure", func(e *outbox.Endpoint) { e.TLS.CA, e.Auth.Bearer = ca, "s3cret" })
+	for range 3 {
+		for _, e := range []*outbox.Endpoint{secure, open} {
+			require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+		}
+		require.Equal(t, "/secure TLS", <-came)
+		require.Equal(t, "/open plain", <-came)
+	}
+}
+
+// ahead is a connection of which in has read something already.
+type ahead struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (a *ahead) Read(p []byte) (int, error) { return a.in.Read(p) }
+
+func TestAnIdleWireOutlivesTheDeadlineOfItsLastAttempt(t *testing.T) {
+	var conns atomic.Int32
+	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+		conns.Add(1)
+		for {
+			if _, _, err := take(in); err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, ok)
+		}
+	})
+	b := setup(t, nil)
+	for range 3 {
+		require.Equal(t, outbox.Delivered, b.send(endpoint(url)).Verdict)
+		ws := b.wiresOf()
+		ws.mu.Lock()
+		require.NoError(t, ws.oldest.SetDeadline(time.Unix(1, 0)))
+		ws.mu.Unlock()
+	}
+	require.EqualValues(t, 1, conns.Load())
+}
+
+func TestWiresOfAnEndedContextCostNoAttempt(t *testing.T) {
+	const wires = 20
+	var arrived atomic.Int32
+	all := make(chan struct{})
+	url := raw(t, func(_ int, conn net.Conn, in *bufio.Reader) {
+		for {
+			if _, _, err := take(in); err != nil {
+				return
+			}
+			if arrived.Add(1) == wires {
+				close(all)
+			}
+			<-all
+			_, _ = io.WriteString(conn, ok)
+		}
+	})
+	b := setup(t, nil)
+	e := endpoint(url)
+	ctx, end := context.WithCancel(t.Context())
+	var sent sync.WaitGroup
+	for range wires {
+		sent.Go(func() { b.Send(ctx, outbox.Attempt{Event: event(), Endpoint: e, Number: 1}) })
+	}
+	sent.Wait()
+	end()
+	require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+}
+
+func TestAHostThatGivesUpHTTP11IsAskedAgain(t *testing.T) {
+	cert, ca, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	rx := sendertest.New(t, sendertest.Config{TLS: cert})
+	b := setup(t, nil)
+	e := endpoint(rx.URL(), func(e *outbox.Endpoint) { e.TLS.CA = ca })
+	for range 2 {
+		require.Equal(t, outbox.Delivered, b.send(e).Verdict)
+	}
+	rx.Refuse()
+	l, err := net.Listen("tcp", e.URL[len("https://"):strings.LastIndexByte(e.URL, '/')])
+	require.NoError(t, err)
+	only := new(http.Protocols)
+	only.SetHTTP2(true)
+	second := &http.Server{
+		Protocols: only, TLSConfig: &tls.Config{Certificates: []tls.Certificate{*cert}, NextProtos: []string{"h2"}},
+		Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}),
+	}
+	over := make(chan struct{})
+	go func() { defer close(over); _ = second.ServeTLS(l, "", "") }()
+	defer func() { b.Close(); _ = second.Close(); <-over }()
+	b.send(e) // one attempt may find out
+	o := b.send(e)
+	require.Equal(t, outbox.Delivered, o.Verdict, o.Detail)
+}
+
+// A short timeout leaves time for the request, whoever has the host's connections.
+func TestAShortAttemptWaitsForAConnectionAQuarterOfItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		ws := newWires(func(context.Context, string, string) (net.Conn, error) { return near, nil }, new(tls.Config), 3)
+		ws.hosts["a"] = &host{open: sharedFrom}
+		to := &target{address: "a", way: way{guard: guard{plain: true}}}
+		w, waited, err := ws.get(t.Context(), to, time.Now(), time.Now().Add(200*time.Millisecond))
+		require.NoError(t, err)
+		require.Equal(t, 50*time.Millisecond, waited)
+		ws.drop(w)
+	})
+}
+
+// The goodbye of TLS would wait for a receiver that reads nothing.
+func TestAWireOverTLSIsClosedAtOnce(t *testing.T) {
+	cert, _, err := sendertest.Certificate("127.0.0.1", time.Time{})
+	require.NoError(t, err)
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		go func() { _ = tls.Server(far, &tls.Config{Certificates: []tls.Certificate{*cert}}).Handshake() }()
+		secured := tls.Client(near, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12})
+		require.NoError(t, secured.Handshake())
+		begin := time.Now()
+		(&wire{Conn: secured}).close()
+		require.Zero(t, time.Since(begin))
+	})
+}
+
+func TestWhatHostsSpokeIsForgotten(t *testing.T) {
+	ws := newWires(nil, new(tls.Config), 3)
+	now := time.Now()
+	for i := range 10_000 {
+		ws.learn(fmt.Sprint(i), true, now.Add(time.Duration(i)*time.Second))
+	}
+	require.Less(t, len(ws.http1), 4*int(protocolKnown/time.Second))
+}
+
+func TestALargeHeadGoesByNetHTTPToo(t *testing.T) {
+	tr := &transport{wires: newWires(nil, new(tls.Config), 3)}
+	to := &target{wired: true, way: way{guard: guard{plain: true}}}
+	m := &message{body: &body{parts: [3][]byte{make([]byte, 10<<10)}}, fields: []field{{"a", strings.Repeat("x", 5<<10)}}}
+	require.True(t, tr.takes(to, m, time.Now()))
+	m.add("b", strings.Repeat("x", 2<<10))
+	require.False(t, tr.takes(to, m, time.Now()))
 }
 
 // canned is a connection with bytes to read.
