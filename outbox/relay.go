@@ -78,7 +78,8 @@ const (
 
 	recountEvery   = 30 * time.Second
 	overflowAfter  = 16 << 20 // bytes by which the WAL may grow while the buffer is full
-	overflowBehind = 64 << 20 // bytes of WAL not yet received, from which on any growth is too much
+	overflowBehind = 64 << 20 // bytes of WAL not yet received, from which on growth is too much
+	overflowGrowth = 1 << 20  // bytes in a second: less is our own checkpoints', and the server's
 	overflowLook   = 100 * time.Millisecond
 	heldBytes      = 8 << 20 // of WAL: from here on it is worth asking whether the slot is safe
 	maxRoutes      = 10_000
@@ -431,7 +432,7 @@ func (o *overflow) look(ctx context.Context) {
 	if !busy {
 		return
 	}
-	if o.grew++; !o.armed || lag.Behind <= o.last {
+	if o.grew++; !o.armed || lag.Behind < o.last+overflowGrowth {
 		o.grew = 0
 	}
 	o.last = lag.Behind

@@ -331,6 +331,26 @@ func TestAFullBufferIsParkedWhereTheEndpointsAreTheLimit(t *testing.T) {
 	}, endpoint("a"))
 }
 
+// In a large transaction the stream's position stands still, while our own checkpoints make the WAL grow by a little.
+func TestALargeTransactionIsNotParkedForWhatWeWriteOurselves(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.maxEvents = 20
+		w.answers("a", hangs(20*time.Millisecond, ok))
+		w.set(func() { w.creep, w.creeps = 500, 200<<20 })
+		w.start()
+		w.commit(numbered(500, "%d:")...)
+		pass(9 * time.Second)
+		w.set(func() {
+			require.Zero(t, w.calls["write"])
+			w.creep = 20 << 20 // somebody else writes much
+		})
+		w.commit(numbered(500, "b%d:")...)
+		pass(9 * time.Second)
+		w.set(func() { require.NotZero(t, w.calls["write"]) })
+		w.answers("a", ok)
+	}, endpoint("a", ordering(outbox.OrderNone), concurrency(1)))
+}
+
 func TestAFullBufferThatCannotBeParkedHoldsTheStream(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.maxEvents = 20

@@ -61,6 +61,8 @@ type world struct {
 	// How the store behaves.
 	writesFail, answersLost, readsFail, savesFail, countsFail, claimsFail bool
 
+	creep, creeps int64 // bytes by which the WAL grows with each look at it, and has grown
+
 	// delay is how long a call of the store takes: before it does its work (write, save, claim) or
 	// after (told, scan, key, due, count). nil is no time at all.
 	delay func(call string) time.Duration
@@ -759,7 +761,8 @@ func (s *stream) Confirmed(context.Context) error { return nil }
 func (s *stream) Lag(context.Context) (cdc.Lag, error) {
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
-	return cdc.Lag{Behind: int64(len(s.w.wal)-s.next) << 23}, nil
+	s.w.creeps += s.w.creep
+	return cdc.Lag{Behind: int64(len(s.w.wal)-s.next)<<23 + s.w.creeps}, nil
 }
 
 // ---- the store, as one life sees it
