@@ -88,14 +88,13 @@ type wires struct {
 	tls     *tls.Config
 	maxIdle int
 
-	mu     sync.Mutex           // guards what follows
-	hosts  map[string]*host     // by address, those that have connections
-	oldest *wire                // of all idle ones
-	newest *wire                //
-	count  int                  // of idle ones
-	http1  map[string]time.Time // addresses that spoke HTTP/1.1 over TLS, and when they were last seen to
-	swept  int                  // how many http1 had when the old ones were last taken out
-	timer  *time.Timer          // nil while nothing is idle
+	mu      sync.Mutex           // guards what follows
+	hosts   map[string]*host     // by address, those that have connections
+	resting wireList             // all idle ones, that idle for longest first
+	count   int                  // of idle ones
+	http1   map[string]time.Time // addresses that spoke HTTP/1.1 over TLS, and when they were last seen to
+	swept   int                  // how many http1 had when the old ones were last taken out
+	timer   *time.Timer          // nil while nothing is idle
 }
 
 // host is what there is of connections to one address.
@@ -105,22 +104,16 @@ type host struct {
 	least   time.Duration // that an attempt took since; zero where none ended
 	before  time.Duration // the same of the time before that
 	since   time.Time
-	longest *wire        // in use
-	latest  *wire        // in use
-	young   *wire        // of those in use the first that is not stuck
+	busy    wireList     // in use, that for longest first
+	young   *wire        // of those the first that is not stuck
 	stuck   int          // how many are
 	waiting []chan *wire // attempts that wait for one, in turn; nil tells one to make its own
 }
 
 // use enters a connection into those in use.
 func (h *host) use(w *wire, now time.Time) {
-	w.idleAt, w.stuck, w.next, w.prev = now, false, nil, h.latest
-	if w.prev != nil {
-		w.prev.next = w
-	} else {
-		h.longest = w
-	}
-	if h.latest = w; h.young == nil {
+	w.idleAt, w.stuck = now, false
+	if h.busy.push(w); h.young == nil {
 		h.young = w
 	}
 }
@@ -133,15 +126,31 @@ func (h *host) unuse(w *wire) {
 	if h.young == w {
 		h.young = w.next
 	}
-	if w.prev != nil {
-		w.prev.next = w.next
+	h.busy.remove(w)
+}
+
+// wireList is a list of connections in the order in which they came.
+type wireList struct{ first, last *wire }
+
+func (l *wireList) push(w *wire) {
+	if w.prev = l.last; l.last == nil {
+		l.first = w
 	} else {
-		h.longest = w.next
+		l.last.next = w
 	}
-	if w.next != nil {
-		w.next.prev = w.prev
+	l.last = w
+}
+
+func (l *wireList) remove(w *wire) {
+	if w.prev == nil {
+		l.first = w.next
 	} else {
-		h.latest = w.prev
+		w.prev.next = w.next
+	}
+	if w.next == nil {
+		l.last = w.prev
+	} else {
+		w.next.prev = w.prev
 	}
 	w.next, w.prev = nil, nil
 }
@@ -673,17 +682,7 @@ func (ws *wires) remove(w *wire) {
 		i--
 	}
 	h.idle = slices.Delete(h.idle, i, i+1)
-	if w.prev != nil {
-		w.prev.next = w.next
-	} else {
-		ws.oldest = w.next
-	}
-	if w.next != nil {
-		w.next.prev = w.prev
-	} else {
-		ws.newest = w.prev
-	}
-	w.next, w.prev = nil, nil
+	ws.resting.remove(w)
 	ws.count--
 }
 
@@ -710,18 +709,13 @@ func (ws *wires) put(w *wire, now time.Time) {
 	case len(h.idle) >= maxIdlePerHost:
 		extra = h.idle[0]
 	case ws.count >= ws.maxIdle:
-		extra = ws.oldest
+		extra = ws.resting.first
 	}
 	if extra != nil {
 		ws.remove(extra)
 	}
 	h.idle = append(h.idle, w)
-	if w.prev = ws.newest; w.prev != nil {
-		w.prev.next = w
-	} else {
-		ws.oldest = w
-	}
-	ws.newest = w
+	ws.resting.push(w)
 	ws.count++
 	if ws.timer == nil {
 		ws.timer = time.AfterFunc(idleConnTimeout, ws.expire)
@@ -745,14 +739,14 @@ func (ws *wires) closeIdle() { ws.shut(time.Time{}) }
 func (ws *wires) shut(before time.Time) {
 	var old []*wire
 	ws.mu.Lock()
-	for w := ws.oldest; w != nil && (before.IsZero() || !w.idleAt.After(before)); w = ws.oldest {
+	for w := ws.resting.first; w != nil && (before.IsZero() || !w.idleAt.After(before)); w = ws.resting.first {
 		ws.remove(w)
 		ws.goneLocked(w.address)
 		old = append(old, w)
 	}
 	switch {
-	case ws.oldest != nil && ws.timer != nil:
-		ws.timer.Reset(time.Until(ws.oldest.idleAt.Add(idleConnTimeout)))
+	case ws.resting.first != nil && ws.timer != nil:
+		ws.timer.Reset(time.Until(ws.resting.first.idleAt.Add(idleConnTimeout)))
 	case ws.timer != nil:
 		ws.timer.Stop()
 		ws.timer = nil

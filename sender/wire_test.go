@@ -36,7 +36,7 @@ func (b *bundle) wiresOf() *wires {
 func (ws *wires) aged(by time.Duration) (n int) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	for w := ws.oldest; w != nil; w = w.next {
+	for w := ws.resting.first; w != nil; w = w.next {
 		w.idleAt = w.idleAt.Add(-by)
 		n++
 	}
@@ -323,8 +323,8 @@ func TestHangingRequestsKeepNoConnectionFromOthers(t *testing.T) {
 		h.open--
 	}
 	require.Zero(t, h.stuck)
-	require.Same(t, h.longest, h.latest)
-	require.Same(t, h.longest, h.young)
+	require.Same(t, h.busy.first, h.busy.last)
+	require.Same(t, h.busy.first, h.young)
 	require.False(t, h.full(now))
 }
 
@@ -497,7 +497,7 @@ func TestAnIdleWireOutlivesTheDeadlineOfItsLastAttempt(t *testing.T) {
 		require.Equal(t, outbox.Delivered, b.send(endpoint(url)).Verdict)
 		ws := b.wiresOf()
 		ws.mu.Lock()
-		require.NoError(t, ws.oldest.SetDeadline(time.Unix(1, 0)))
+		require.NoError(t, ws.resting.first.SetDeadline(time.Unix(1, 0)))
 		ws.mu.Unlock()
 	}
 	require.EqualValues(t, 1, conns.Load())
