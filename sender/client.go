@@ -215,13 +215,6 @@ func (c *Client) send(ctx context.Context, a outbox.Attempt, seen *Exchange) (o 
 	return o
 }
 
-// reply is what came back on a request, as far as it matters.
-type reply struct {
-	status       int // zero where no answer came
-	retryAfter   string
-	major, minor int // of the answer's HTTP
-}
-
 // post makes the request, of together where that is not nil, reads the answer and judges it.
 func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, together *batch, seen *Exchange) (outbox.Outcome, effect) {
 	begin := time.Now()
@@ -244,15 +237,14 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 // postByWire is post over HTTP/1.1, which needs neither a context nor a timer of its own.
 func (c *Client) postByWire(parent context.Context, t *target, m *message, begin time.Time, span trace.Span) (outbox.Outcome, effect) {
 	deadline := begin.Add(t.endpoint.Timeout)
-	w, got, waited, err := t.pool.wires.exchange(parent, t, m, begin, deadline)
+	w, r, waited := t.pool.wires.exchange(parent, t, m, begin, deadline)
 	now := time.Now()
-	r := result{status: got.status, retryAfter: got.retryAfter, err: err}
-	if err != nil {
+	if r.err != nil {
 		r.cut = parent.Err() != nil
 		r.timedOut = !r.cut && !now.Before(deadline)
 	}
-	o, effect := c.conclude(t, r, got, begin, now, span)
-	if o.Waited = waited; err == nil {
+	o, effect := c.conclude(t, r, begin, now, span)
+	if o.Waited = waited; r.err == nil {
 		t.pool.wires.done(w, now, deadline)
 	}
 	return o, effect
@@ -274,10 +266,9 @@ func (c *Client) postByNetHTTP(parent context.Context, t *target, m *message, be
 	if err == nil {
 		res, err = t.trip(ctx, req)
 	}
-	r, got := result{err: err}, reply{}
+	r := result{err: err}
 	if err == nil {
-		got = reply{status: res.StatusCode, retryAfter: res.Header.Get("Retry-After"), major: res.ProtoMajor, minor: res.ProtoMinor}
-		r.status, r.retryAfter = got.status, got.retryAfter
+		r = result{status: res.StatusCode, retryAfter: res.Header.Get("Retry-After"), major: res.ProtoMajor, minor: res.ProtoMinor}
 		if r.status == http.StatusUnauthorized && t.tokens != nil {
 			t.tokens.drop(token) // the next attempt fetches another
 		}
@@ -288,7 +279,7 @@ func (c *Client) postByNetHTTP(parent context.Context, t *target, m *message, be
 		r.timedOut = true
 	}
 	now := time.Now()
-	o, effect := c.conclude(t, r, got, begin, now, span)
+	o, effect := c.conclude(t, r, begin, now, span)
 	if err != nil {
 		return o, effect
 	}
@@ -301,10 +292,10 @@ func (c *Client) postByNetHTTP(parent context.Context, t *target, m *message, be
 }
 
 // conclude judges what came of a request, and tells of it.
-func (c *Client) conclude(t *target, r result, got reply, begin, now time.Time, span trace.Span) (outbox.Outcome, effect) {
+func (c *Client) conclude(t *target, r result, begin, now time.Time, span trace.Span) (outbox.Outcome, effect) {
 	o, effect := judge(r, t.endpoint, now)
 	if span != nil {
-		endSpan(span, o, got, now)
+		endSpan(span, o, r, now)
 	}
 	switch o.Verdict {
 	case outbox.Cut:

@@ -31,6 +31,8 @@ type result struct {
 	retryAfter string // the answer's header
 	err        error  // where no answer came
 
+	major, minor int // of the answer's HTTP
+
 	cut      bool // the caller's context ended before an answer came
 	timedOut bool // the attempt's own deadline did
 }

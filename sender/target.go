@@ -165,7 +165,7 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	}
 	port := cmp.Or(to.Port(), map[string]string{"http": "80", "https": "443"}[to.Scheme])
 	t.address, t.path = net.JoinHostPort(to.Hostname(), port), to.RequestURI()
-	t.wired = t.way.proxy == nil && t.tokens == nil && plainHost(to.Host)
+	t.wired = canPeek && t.way.proxy == nil && t.tokens == nil && plainHost(to.Host)
 	t.newest = t.signatures
 	if !e.PreviousUntil.IsZero() {
 		t.newest = slices.Clone(t.signatures)

@@ -64,20 +64,20 @@ func (c *Client) span(parent context.Context, m *message, t *target, a outbox.At
 	return span
 }
 
-// endSpan says how the attempt ended; the reply's status is zero where there was none.
-func endSpan(span trace.Span, o outbox.Outcome, got reply, now time.Time) {
-	if got.status != 0 {
-		version := strconv.Itoa(got.major)
-		if got.major == 1 {
-			version += "." + strconv.Itoa(got.minor)
+// endSpan says how the attempt ended; the status is zero where there was none.
+func endSpan(span trace.Span, o outbox.Outcome, r result, now time.Time) {
+	if r.status != 0 {
+		version := strconv.Itoa(r.major)
+		if r.major == 1 {
+			version += "." + strconv.Itoa(r.minor)
 		}
-		span.SetAttributes(attribute.Int("http.response.status_code", got.status), attribute.String("network.protocol.version", version))
+		span.SetAttributes(attribute.Int("http.response.status_code", r.status), attribute.String("network.protocol.version", version))
 	}
 	if o.Verdict != outbox.Delivered {
 		what := string(o.Reason)
 		switch {
-		case got.status != 0:
-			what = strconv.Itoa(got.status)
+		case r.status != 0:
+			what = strconv.Itoa(r.status)
 		case o.Verdict == outbox.Cut:
 			what = "cut"
 		}

@@ -53,7 +53,7 @@ const (
 // an attempt; it repeats requests by rules of its own; it takes what comes unasked on an idle connection for the
 // next answer; and what it reads is not held to what net/http reads, as a wire is by FuzzAnswer.
 //
-// What is hard stays with net/http: HTTP/2, proxies, access tokens, large bodies, and whatever goes over TLS until the host
+// What is hard stays with net/http: HTTP/2, proxies, access tokens, large requests, and whatever goes over TLS until the host
 // has shown there that it speaks HTTP/1.1.
 //
 // It trusts an answer as far as it must. Framing that could be read in two ways, or that was not read to its end, ends the
@@ -215,31 +215,28 @@ func (ws *wires) learn(address string, http1 bool, now time.Time) {
 
 // exchange makes the request and reads the head of the answer, until the deadline, or the parent's end. It is made
 // again where a connection that was kept turns out to be dead: see trip. waited is for how long there was none.
-func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (w *wire, got reply, waited time.Duration, err error) {
+func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (w *wire, r result, waited time.Duration) {
 	for tries := 1; ; tries++ {
-		var late time.Duration
-		w, late, err = ws.get(parent, t, begin, deadline)
+		w, late, err := ws.get(parent, t, begin, deadline)
 		waited += late
 		if err != nil {
-			return nil, reply{}, waited, err
+			return nil, result{err: err}, waited
 		}
 		if err = w.begin(parent, deadline); err == nil {
 			if err = w.send(t, m); err == nil || connectionEnded(err) { // it may have answered before it hung up
-				var wrong error
-				if got, wrong = w.receive(); wrong == nil || err == nil {
+				if got, wrong := w.receive(); wrong == nil {
+					return w, got, waited
+				} else if err == nil {
 					err = wrong
 				}
 			}
-		}
-		if err == nil {
-			return w, got, waited, nil
 		}
 		ws.drop(w)
 		if _, secured := w.Conn.(*tls.Conn); secured && !w.reused && parent.Err() == nil {
 			ws.learn(t.address, false, begin) // it may have given up HTTP/1.1: net/http asks the next time
 		}
 		if !w.reused || tries > maxKept || parent.Err() != nil || !connectionEnded(err) {
-			return nil, reply{}, waited, err
+			return nil, result{err: err}, waited
 		}
 	}
 }
@@ -249,7 +246,9 @@ func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time)
 	for {
 		w, turn := ws.take(t.address, now.Add(waited))
 		if turn != nil {
-			w, waited = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)/4))
+			var late time.Duration
+			w, late = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)/4))
+			waited += late
 		}
 		if w == nil {
 			if w, err = ws.open(parent, t, deadline); err != nil {
@@ -309,11 +308,7 @@ func (ws *wires) open(parent context.Context, t *target, deadline time.Time) (*w
 	}
 	if sc, ok := under.(syscall.Conn); ok {
 		w.raw, _ = sc.SyscallConn()
-		w.peek = func(fd uintptr) {
-			var b [1]byte
-			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-			w.empty = errors.Is(err, syscall.EAGAIN)
-		}
+		w.peek = func(fd uintptr) { w.empty = empty(fd) }
 	}
 	if !t.way.guard.plain {
 		cfg := ws.tls.Clone()
@@ -428,7 +423,7 @@ func (w *wire) send(t *target, m *message) error {
 }
 
 // receive reads the head of the answer, past those of 1xx, of which there may be as many as one head has room for.
-func (w *wire) receive() (got reply, err error) {
+func (w *wire) receive() (got result, err error) {
 	w.spent = 0
 	for {
 		if got, err = w.head(); err != nil || got.status/100 != 1 || got.status == http.StatusSwitchingProtocols {
@@ -438,50 +433,50 @@ func (w *wire) receive() (got reply, err error) {
 }
 
 // head reads one status line and the headers behind it.
-func (w *wire) head() (reply, error) {
+func (w *wire) head() (result, error) {
 	line, err := w.line()
 	if err != nil {
-		return reply{}, err
+		return result{}, err
 	}
 	got, ok := parseStatusLine(line)
 	if !ok {
-		return reply{}, errNotHTTP
+		return result{}, errNotHTTP
 	}
 	w.length, w.chunked, w.endless, w.keep = -1, false, false, got.minor > 0
 	ambiguous, retry := false, false
 	for first := true; ; first = false {
 		line, err := w.line()
 		if err != nil {
-			return reply{}, err
+			return result{}, err
 		}
 		if len(line) == 0 {
 			break
 		}
 		if line[0] == ' ' || line[0] == '\t' {
 			if first {
-				return reply{}, errNotHTTP
+				return result{}, errNotHTTP
 			}
 			w.keep, ambiguous = false, true // a folded line, which nobody should send any more
 			continue
 		}
 		colon := bytes.IndexByte(line, ':')
 		if colon <= 0 || !validHeaderName(line[:colon]) {
-			return reply{}, errNotHTTP
+			return result{}, errNotHTTP
 		}
 		name, value := line[:colon], bytes.Trim(line[colon+1:], " \t")
 		if !validHeaderValue(value) {
-			return reply{}, errNotHTTP
+			return result{}, errNotHTTP
 		}
 		switch {
 		case is(name, "content-length"):
 			n, err := strconv.ParseUint(string(value), 10, 63)
 			if err != nil || w.length >= 0 && w.length != int64(n) {
-				return reply{}, errNotHTTP
+				return result{}, errNotHTTP
 			}
 			w.length = int64(n)
 		case is(name, "transfer-encoding"):
 			if w.chunked || !is(value, "chunked") {
-				return reply{}, errNotHTTP
+				return result{}, errNotHTTP
 			}
 			w.chunked = true
 		case is(name, "connection"):
@@ -528,17 +523,17 @@ func has(list []byte, word string) bool {
 }
 
 // parseStatusLine reads HTTP-version SP status-code SP reason (RFC 9112, 4); the reason may be missing.
-func parseStatusLine(line []byte) (got reply, ok bool) {
+func parseStatusLine(line []byte) (got result, ok bool) {
 	const before = "HTTP/1.1 "
 	if len(line) < len(before)+3 || string(line[:7]) != before[:7] || line[8] != ' ' || len(line) > 12 && line[12] != ' ' {
-		return reply{}, false
+		return result{}, false
 	}
 	if line[7] != '0' && line[7] != '1' {
-		return reply{}, false
+		return result{}, false
 	}
 	for _, c := range line[9:12] {
 		if c < '0' || c > '9' {
-			return reply{}, false
+			return result{}, false
 		}
 		got.status = 10*got.status + int(c-'0')
 	}
