@@ -85,6 +85,17 @@ func (l *lab) open(ctx context.Context) (err error) {
 	}
 	defer conn.Close(ctx)
 	l.report.Postgres = conn.PgConn().ParameterStatus("server_version")
+	// What comes first would else pay for the first touch of each shared buffer and each WAL segment.
+	for _, sql := range []string{
+		"create table warm (n int, content text)",
+		"insert into warm select n, repeat(md5(n::text), 30) from generate_series(1, 400000) n",
+		"drop table warm",
+		"checkpoint",
+	} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return fmt.Errorf("warm the server up: %w", err)
+		}
+	}
 	return nil
 }
 

@@ -131,7 +131,10 @@ type outage struct {
 	expect  expectation
 	heal    func() error
 	parked  measured // rate is parked deliveries a second
-	read    measured
+	read    float64  // rows a second
+
+	recovered, plain measured
+	first            time.Duration // until the first delivery
 }
 
 // The ways to be dead.
@@ -147,26 +150,16 @@ func dead(ctx context.Context, l *lab) error {
 		return err
 	}
 	for _, o := range all {
-		l.report.compare(o.name, "parked", o.parked.rate, "/s", o.read.rate, "read", o.parked.rate/o.read.rate, atLeast(0.5))
+		l.report.compare(o.name, "parked", o.parked.rate, "/s", o.read, "read", o.parked.rate/o.read, atLeast(0.5))
 		l.report.add(o.name, "CPU of one parked", o.parked.cpu, "µs", demand{})
 		l.report.add(o.name, "peak RSS", mebibytes(o.parked.usage.peak), "MiB", demand{})
 		l.report.add(o.name, "requests meanwhile", float64(o.parked.requests), "", demand{})
 	}
-	if l.wants(7) {
-		return nil // which goes on from here
-	}
-	for _, o := range all {
-		if _, err := o.walhook.end(); err != nil {
-			return err
-		}
-		if err := o.db.drop(ctx); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
-// outagesOf has everything parked, once for scenarios 6 and 7.
+// outagesOf has everything parked, and delivered where scenario 7 is wanted too: one outage after the other, since
+// each walhook's walsender would read what the other one's database writes.
 func (l *lab) outagesOf(ctx context.Context) ([]*outage, error) {
 	if l.outages != nil {
 		return l.outages, nil
@@ -176,13 +169,24 @@ func (l *lab) outagesOf(ctx context.Context) ([]*outage, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
+		l.say("%s: %s parked a second, read %s/s", name, number(o.parked.rate), number(o.read))
+		if l.wants(7) {
+			err = l.recover(ctx, o)
+		} else {
+			_, err = o.walhook.end()
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		if err := o.db.drop(ctx); err != nil {
+			return nil, err
+		}
 		l.outages = append(l.outages, o)
-		l.say("%s: %s parked a second, read %s/s", name, number(o.parked.rate), number(o.read.rate))
 	}
 	return l.outages, nil
 }
 
-// outage parks the rows of scenario 1. It leaves walhook running.
+// outage parks the rows of scenario 1, between two readers of the same WAL. It leaves walhook running.
 func (l *lab) outage(ctx context.Context, name string) (o *outage, err error) {
 	o = &outage{form: l.plainForm(), name: name}
 	// The probe goes on all the while, with the oldest delivery. It must not die of that.
@@ -212,13 +216,23 @@ func (l *lab) outage(ctx context.Context, name string) (o *outage, err error) {
 		return nil, err
 	}
 	o.db = db
-	slot, err := db.copySlot(ctx, "read")
-	if err != nil {
-		return nil, err
+	slots := []string{"read_before", "read_after"}
+	for i := range slots {
+		if slots[i], err = db.copySlot(ctx, slots[i]); err != nil {
+			return nil, err
+		}
+	}
+	read := func(slot string) error {
+		m, err := l.limit(ctx, roleRead, limitOrder{Count: o.form.rows, Database: db.url, Slot: slot, Publication: db.slot}, nil)
+		o.read += m.rate / float64(len(slots))
+		return err
 	}
 	o.expect.First = l.takeIDs(o.form.rows)
 	during.First = o.expect.First
 	if err := db.fill(ctx, o.expect.First, o.form.rows, o.form.per, o.form.keys, o.form.size); err != nil {
+		return nil, err
+	}
+	if err := read(slots[0]); err != nil {
 		return nil, err
 	}
 	if err := l.expect(ctx, during); err != nil {
@@ -240,12 +254,10 @@ func (l *lab) outage(ctx context.Context, name string) (o *outage, err error) {
 		return nil, fmt.Errorf("%d events arrived at an endpoint that is dead", seen.Distinct)
 	}
 	o.parked.requests = seen.Requests
-	// The same WAL, beside a walhook that only probes.
-	o.read, err = l.limit(ctx, roleRead, limitOrder{Count: o.form.rows, Database: db.url, Slot: slot, Publication: db.slot}, nil)
-	if err != nil {
+	if err := read(slots[1]); err != nil { // beside a walhook that only probes
 		return nil, err
 	}
-	return o, db.dropSlots(ctx, slot)
+	return o, db.dropSlots(ctx, db.slot+"_")
 }
 
 // parking waits until all rows are parked, and says how many were in a second. An identity's
@@ -294,57 +306,55 @@ func recovery(ctx context.Context, l *lab) error {
 	if err != nil {
 		return err
 	}
-	l.outages = nil
 	for _, o := range all {
-		before, _ := o.walhook.used()
-		if o.name == refusing { // the other one waits for its turn
-			o.expect.Conduct = map[string]conduct{"/errs": {Status: 503, Aside: true}}
-		}
-		if err := l.expect(ctx, o.expect); err != nil {
-			return err
-		}
-		began := time.Now()
-		if err := o.heal(); err != nil {
-			return err
-		}
-		if err := l.reached(ctx, o.walhook.process); err != nil {
-			return fmt.Errorf("%s: %w; the end of walhook's log: %s", o.name, err, o.walhook.tail())
-		}
-		u, err := o.walhook.end()
-		if err != nil {
-			return err
-		}
-		m := measured{usage: usage{cpu: u.cpu - before.cpu, peak: u.peak}}
-		if err := l.take(ctx, &m, o.expect); err != nil {
-			return fmt.Errorf("%s: %w", o.name, err)
-		}
-		var left int
-		if err := o.db.conn.QueryRow(ctx, "select count(*) from walhook.deliveries").Scan(&left); err != nil {
-			return err
-		}
-		if left > 0 {
-			return fmt.Errorf("%s: %d deliveries are still parked or dead", o.name, left)
-		}
-		// The same in scenario 1, now.
-		e := o.expect
-		e.First = l.takeIDs(o.form.rows)
-		if err := o.db.fill(ctx, e.First, o.form.rows, o.form.per, o.form.keys, o.form.size); err != nil {
-			return err
-		}
-		plain, err := o.db.drainOwn(ctx, o.form, o.db.slot+"-alive", e)
-		if err != nil {
-			return err
-		}
-		l.say("%s: %s/s, first after %s, of a plain drain %s/s", o.name, number(m.rate), time.Unix(0, m.seen.Begin).Sub(began).Round(time.Millisecond), number(plain.rate))
-		l.report.compare(o.name, "parked ones delivered", m.rate, "/s", plain.rate, "drain", m.rate/plain.rate, atLeast(0.6))
-		l.report.compare(o.name, "CPU a delivery", m.cpu, "µs", plain.cpu, "drain", m.cpu/plain.cpu, demand{})
-		l.report.add(o.name, "the first after", time.Unix(0, m.seen.Begin).Sub(began).Seconds(), "s", demand{})
-		l.report.add(o.name, "peak RSS", mebibytes(m.usage.peak), "MiB", demand{})
+		l.report.compare(o.name, "parked ones delivered", o.recovered.rate, "/s", o.plain.rate, "drain", o.recovered.rate/o.plain.rate, atLeast(0.6))
+		l.report.compare(o.name, "CPU a delivery", o.recovered.cpu, "µs", o.plain.cpu, "drain", o.recovered.cpu/o.plain.cpu, demand{})
+		l.report.add(o.name, "the first after", o.first.Seconds(), "s", demand{})
+		l.report.add(o.name, "peak RSS", mebibytes(o.recovered.usage.peak), "MiB", demand{})
 		l.report.Plots = append(l.report.Plots, ratePlot(map[string]string{refusing: "7-recovery-refused", erring: "7-recovery-503"}[o.name],
-			"An endpoint that "+o.name+" is well again: deliveries a second", curve{"parked ones", m.seen.Rate}, curve{"drain", plain.seen.Rate}))
-		if err := o.db.drop(ctx); err != nil {
-			return err
-		}
+			"An endpoint that "+o.name+" is well again: deliveries a second", curve{"parked ones", o.recovered.seen.Rate}, curve{"drain", o.plain.seen.Rate}))
 	}
+	return nil
+}
+
+// recover has delivered what the outage parked, and then as many rows from the WAL as scenario 1 does.
+func (l *lab) recover(ctx context.Context, o *outage) error {
+	before, _ := o.walhook.used()
+	if err := l.expect(ctx, o.expect); err != nil {
+		return err
+	}
+	began := time.Now()
+	if err := o.heal(); err != nil {
+		return err
+	}
+	if err := l.reached(ctx, o.walhook.process); err != nil {
+		return fmt.Errorf("%w; the end of walhook's log: %s", err, o.walhook.tail())
+	}
+	u, err := o.walhook.end()
+	if err != nil {
+		return err
+	}
+	o.recovered.usage = usage{cpu: u.cpu - before.cpu, peak: u.peak}
+	if err := l.take(ctx, &o.recovered, o.expect); err != nil {
+		return err
+	}
+	o.first = time.Unix(0, o.recovered.seen.Begin).Sub(began)
+	var left int
+	if err := o.db.conn.QueryRow(ctx, "select count(*) from walhook.deliveries").Scan(&left); err != nil {
+		return err
+	}
+	if left > 0 {
+		return fmt.Errorf("%d deliveries are still parked or dead", left)
+	}
+	// The same in scenario 1, now.
+	e := o.expect
+	e.First = l.takeIDs(o.form.rows)
+	if err := o.db.fill(ctx, e.First, o.form.rows, o.form.per, o.form.keys, o.form.size); err != nil {
+		return err
+	}
+	if o.plain, err = o.db.drainOwn(ctx, o.form, o.db.slot+"-alive", e); err != nil {
+		return err
+	}
+	l.say("%s: %s/s, first after %s, of a plain drain %s/s", o.name, number(o.recovered.rate), o.first.Round(time.Millisecond), number(o.plain.rate))
 	return nil
 }

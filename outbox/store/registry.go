@@ -280,12 +280,7 @@ func (s *Store) Drop(ctx context.Context, endpointID string, before cdc.Position
 			return total, nil
 		}
 		var n int64
-		steps := removeSteps(gone)
-		for i := range steps {
-			if steps[i].sql == deleteDeliveries {
-				steps[i].tag = func(t pgconn.CommandTag) { n += t.RowsAffected() }
-			}
-		}
+		steps := removeSteps(gone, func(t pgconn.CommandTag) { n += t.RowsAffected() })
 		if err := s.held(ctx, steps...); err != nil {
 			return total, fmt.Errorf("discard deliveries: %w", err)
 		}

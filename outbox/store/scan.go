@@ -13,58 +13,57 @@ import (
 	"github.com/walhook/walhook/outbox"
 )
 
-// A page is found in the order of its index and cut by its bytes before any large payload is
-// read. A delivery whose event was deleted by hand is passed over.
+// A page is found in the order of its index and cut by its bytes, and only then is what is large looked at: at the
+// places where the same snapshot has just seen it. Carried along, it would be copied from one step of the plan to the next,
+// which takes longer than all else. A delivery whose event was deleted by hand is passed over.
 const (
 	pageStart = `
-with page as materialized (
-	select
-		e.id, e.type, e.key, e.tenant, e.time, e.headers, e.headers_raw, e.data, e.raw, e.is_json, e.bytes, e.committed_at,
-		d.order_key, d.attempts, d.next_attempt_at, d.commit_lsn, d.ordinal
-	from walhook.deliveries d
-	join walhook.events e on e.id = d.event_id
-	where d.state = 'parked'`
-
-	pageEnd = `
-	limit $2::int + 1
-)
 select
-	id, type, key, tenant, time, headers, headers_raw, data, raw, is_json, committed_at,
-	order_key, attempts, next_attempt_at, commit_lsn::text, ordinal, total
+	e.id, e.type, e.key, e.tenant, e.time, e.headers, e.headers_raw, e.data, e.raw, e.is_json, e.committed_at,
+	p.order_key, p.attempts, p.next_attempt_at, p.commit_lsn, p.ordinal, p.total
 from (
 	select
 		*,
 		row_number() over w as n,
 		sum(bytes) over w as upto,
 		count(*) over () as total
-	from page
-	window w as (order by %s rows unbounded preceding)
+	from (
+		select e.ctid as place, e.bytes, d.order_key, d.attempts, d.next_attempt_at, d.commit_lsn, d.ordinal
+		from walhook.deliveries d
+		join walhook.events e on e.id = d.event_id
+		where d.state = 'parked'`
+
+	pageEnd = `
+		limit $2::int + 1
+	) page
+	window w as (order by %[1]s rows unbounded preceding)
 ) p
+join walhook.events e on e.ctid = p.place
 where n <= $2
 and (n = 1 or upto <= $3)
-order by n`
+order by %[1]s`
 
 	byPosition = `commit_lsn, ordinal`
 
 	scanAll = pageStart + `
-	and d.endpoint_id = $1
-	and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
-	and d.order_key not in (select unnest($6::text[]))
-	order by d.commit_lsn, d.ordinal` + pageEnd
+		and d.endpoint_id = $1
+		and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
+		and d.order_key not in (select unnest($6::text[]))
+		order by d.commit_lsn, d.ordinal` + pageEnd
 
 	scanKey = pageStart + `
-	and coalesce(d.endpoint_id, '') = $1
-	and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
-	and hashtextextended(d.order_key, 0) = hashtextextended($6::text, 0)
-	and d.order_key = $6
-	and d.order_key <> ''
-	order by d.commit_lsn, d.ordinal` + pageEnd
+		and coalesce(d.endpoint_id, '') = $1
+		and (d.commit_lsn, d.ordinal) > ($4::text::pg_lsn, $5::bigint)
+		and hashtextextended(d.order_key, 0) = hashtextextended($6::text, 0)
+		and d.order_key = $6
+		and d.order_key <> ''
+		order by d.commit_lsn, d.ordinal` + pageEnd
 
 	scanDue = pageStart + `
-	and d.endpoint_id = $1
-	and d.order_key = ''
-	and d.next_attempt_at <= $4
-	order by d.next_attempt_at, d.commit_lsn, d.ordinal` + pageEnd
+		and d.endpoint_id = $1
+		and d.order_key = ''
+		and d.next_attempt_at <= $4
+		order by d.next_attempt_at, d.commit_lsn, d.ordinal` + pageEnd
 )
 
 // Scan reads an endpoint's parked deliveries in commit order.
@@ -120,7 +119,7 @@ func (p *page) scan(r pgx.Rows) (outbox.Stored, error) {
 		e               outbox.Event
 		stored          = outbox.Stored{Event: &e}
 		headersRaw, raw []byte
-		commit          string
+		commit          uint64
 		at, due, done   pgtype.Timestamptz
 	)
 	err := r.Scan(&e.ID, &e.Type, &e.Key, &e.Tenant, &at, &e.Headers, &headersRaw, &e.Data, &raw, &e.JSON, &done,
@@ -135,8 +134,8 @@ func (p *page) scan(r pgx.Rows) (outbox.Stored, error) {
 		e.Data = raw
 	}
 	e.Time, e.Commit, stored.Due = moment(at), moment(done), moment(due)
-	e.Position.Commit, err = cdc.ParseLSN(commit)
-	return stored, err
+	e.Position.Commit = cdc.LSN(commit)
+	return stored, nil
 }
 
 // moment is zero for null, and in UTC.

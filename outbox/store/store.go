@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -47,7 +48,8 @@ type Store struct {
 	// asciiOnly: the database's encoding is not UTF-8, so that it may lack any other character.
 	asciiOnly atomic.Bool
 	sample    sample
-	// beat and silence are fillBeat and fillSilence but in tests.
+	// They are copyRows, fillBeat and fillSilence but in tests.
+	copyRows      int
 	beat, silence time.Duration
 }
 
@@ -67,7 +69,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger, beat: fillBeat, silence: fillSilence}
+	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger, copyRows: copyRows, beat: fillBeat, silence: fillSilence}
 	s.epoch.Store(unclaimed)
 	s.seen.Store(unclaimed)
 	if s.log == nil {
@@ -86,6 +88,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	poolConfig.AfterConnect = func(_ context.Context, c *pgx.Conn) error {
 		s.asciiOnly.Store(c.PgConn().ParameterStatus("server_encoding") != "UTF8")
+		c.TypeMap().RegisterType(pgLSN)
 		return nil
 	}
 	if s.pool, err = pgxpool.NewWithConfig(ctx, poolConfig); err != nil {
@@ -155,11 +158,13 @@ const fenced = "WH001"
 
 // step is one statement of a transaction.
 type step struct {
-	what string // for errors
-	sql  string
-	args []any
-	row  func(pgx.Rows) error // called for each row; nil where there is none of interest
-	tag  func(pgconn.CommandTag)
+	what  string // for errors
+	sql   string
+	args  []any
+	copy  *copying             // instead of sql; it takes a round trip of its own
+	begin func()               // called before the transaction, each time that it is begun; nil is nothing
+	row   func(pgx.Rows) error // called for each row; nil where there is none of interest
+	tag   func(pgconn.CommandTag)
 }
 
 // held is the transaction of a holder: it fails with ErrFenced where the slot was taken.
@@ -173,7 +178,7 @@ func (s *Store) plain(ctx context.Context, steps ...step) error {
 	return s.run(ctx, append(all, step{what: "commit", sql: "commit"}))
 }
 
-// run sends the steps in one round trip. Where Postgres rolled the transaction back for the
+// run sends the steps. Where Postgres rolled the transaction back for the
 // sake of another, it is begun again.
 func (s *Store) run(ctx context.Context, steps []step) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -187,7 +192,10 @@ func (s *Store) run(ctx context.Context, steps []step) error {
 		if refused.Code == fenced {
 			return outbox.ErrFenced
 		}
-		const deadlock, serialization = "40P01", "40001"
+		const deadlock, serialization, unique = "40P01", "40001", "23505"
+		if refused.Code == unique && slices.ContainsFunc(steps, func(st step) bool { return st.copy != nil }) {
+			return errCopyConflict
+		}
 		if (refused.Code != deadlock && refused.Code != serialization) || try == deadlockTries {
 			return err
 		}
@@ -195,6 +203,11 @@ func (s *Store) run(ctx context.Context, steps []step) error {
 }
 
 func (s *Store) runOnce(ctx context.Context, steps []step) error {
+	for _, st := range steps {
+		if st.begin != nil {
+			st.begin()
+		}
+	}
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return fmt.Errorf("connect: %w", err)
@@ -209,11 +222,37 @@ func (s *Store) runOnce(ctx context.Context, steps []step) error {
 	return err
 }
 
-// send sends the steps in one round trip.
-func send(ctx context.Context, to interface {
-	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
-}, steps []step,
-) (err error) {
+// session is where steps are sent.
+type session interface {
+	SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults
+	CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, rows pgx.CopyFromSource) (int64, error)
+}
+
+// send sends the steps, all between two COPYs in one round trip.
+func send(ctx context.Context, to session, steps []step) error {
+	for len(steps) > 0 {
+		n := slices.IndexFunc(steps, func(st step) bool { return st.copy != nil })
+		if n < 0 {
+			n = len(steps)
+		}
+		if n > 0 {
+			if err := sendBatch(ctx, to, steps[:n]); err != nil {
+				return err
+			}
+		}
+		if steps = steps[n:]; len(steps) == 0 {
+			return nil
+		}
+		c := steps[0].copy
+		if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", c.table}, c.columns, c.rows()); err != nil {
+			return fmt.Errorf("%s: %w", steps[0].what, err)
+		}
+		steps = steps[1:]
+	}
+	return nil
+}
+
+func sendBatch(ctx context.Context, to session, steps []step) (err error) {
 	var batch pgx.Batch
 	for _, st := range steps {
 		batch.Queue(st.sql, st.args...)

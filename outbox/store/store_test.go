@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -107,7 +108,19 @@ func gone(n int) outbox.Change {
 	return outboxtest.Move("a", outboxtest.Event(n, ""), outbox.StateGone)
 }
 
-func TestSuite(t *testing.T) { suite(t, setup(t), "") }
+func TestSuite(t *testing.T) { bothWays(t, func(t *testing.T, b *bundle) { suite(t, b, "") }) }
+
+// bothWays is for what may not depend on whether new rows are copied or inserted.
+func bothWays(t *testing.T, test func(*testing.T, *bundle)) {
+	t.Helper()
+	for name, rows := range map[string]int{"insert": math.MaxInt, "copy": 1} {
+		t.Run(name, func(t *testing.T) {
+			b := setup(t)
+			b.copyRows = rows
+			test(t, b)
+		})
+	}
+}
 
 // suite runs the suite on the database of b, emptied for each case. settings go into the URL.
 func suite(t *testing.T, b *bundle, settings string) {
@@ -118,6 +131,7 @@ func suite(t *testing.T, b *bundle, settings string) {
 		require.NoError(t, err)
 		address.RawQuery = strings.Trim(address.RawQuery+"&"+settings, "&")
 		s := open(t, address.String(), "walhook", "default")
+		s.copyRows = b.copyRows
 		_, err = s.Claim(t.Context(), b.holder(100))
 		require.NoError(t, err)
 		return s
@@ -209,6 +223,15 @@ func TestDatabaseOfAnotherEncoding(t *testing.T) {
 	var detail string
 	b.query("select last_error from walhook.deliveries", &detail)
 	require.Equal(t, "says ?", detail)
+
+	b.copyRows = 1
+	c.Event.ID = "evt_copied"
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{c}))
+	rows, _, err = b.ScanKey(t.Context(), "a", "clé", cdc.Position{}, 10, 1000)
+	require.NoError(t, err)
+	require.Len(t, rows, 2)
+	require.Equal(t, rows[0].Event.Headers, rows[1].Event.Headers)
+	require.Equal(t, rows[0].Event.Data, rows[1].Event.Data)
 }
 
 func TestPeersTextIsShortened(t *testing.T) {
@@ -436,9 +459,37 @@ func TestSnapshotIsOlderThanItsCheckpoint(t *testing.T) {
 	require.Equal(t, last, xmin(), "a sample of the claim before says nothing")
 }
 
-// One endpoint gets rid of an event in the moment in which another needs it.
-func TestEventSurvivesWhileOthersWrite(t *testing.T) {
+// Rows that are there, or come meanwhile, stay as they are.
+func TestCopyMeetsWhatIsThere(t *testing.T) {
 	b := setup(t)
+	b.copyRows = 1
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{park(1), park(2)}))
+	b.exec("update walhook.deliveries set attempts = 7")
+	b.exec("delete from walhook.events where id = 'evt_2'") // by hand: a delivery is left that nobody looks for
+
+	ctx := t.Context()
+	tx, err := b.pool.Begin(ctx)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	require.NoError(t, send(ctx, tx, insertSteps([]outbox.Change{park(3)}, false)))
+
+	other := outboxtest.Park("b", outboxtest.Event(1, ""))
+	again := make(chan error, 1)
+	go func() { again <- b.Write(ctx, []outbox.Change{park(4), park(3), park(2), park(1), other}) }()
+	b.awaitLockWait()
+	require.NoError(t, tx.Commit(ctx))
+	require.NoError(t, <-again)
+
+	require.Equal(t, 4, b.count("events"))
+	require.Equal(t, 5, b.count("deliveries"))
+	require.Equal(t, 2, b.count("deliveries where attempts = 7"))
+}
+
+// One endpoint gets rid of an event in the moment in which another needs it.
+func TestEventSurvivesWhileOthersWrite(t *testing.T) { bothWays(t, eventSurvives) }
+
+func eventSurvives(t *testing.T, b *bundle) {
+	t.Helper()
 	const endpoints, rounds, events = 4, 60, 5
 	var group sync.WaitGroup
 	for e := range endpoints {
@@ -471,8 +522,10 @@ func TestEventSurvivesWhileOthersWrite(t *testing.T) {
 }
 
 // Two writes that lock the same events in opposite order: Postgres ends one, which is begun again.
-func TestDeadlockIsTriedAgain(t *testing.T) {
-	b := setup(t)
+func TestDeadlockIsTriedAgain(t *testing.T) { bothWays(t, deadlockIsTriedAgain) }
+
+func deadlockIsTriedAgain(t *testing.T, b *bundle) {
+	t.Helper()
 	both := func(endpoint string, in, out int) []outbox.Change {
 		return []outbox.Change{
 			outboxtest.Park(endpoint, outboxtest.Event(in, "")),
@@ -496,6 +549,11 @@ func TestDeadlockIsTriedAgain(t *testing.T) {
 	b.awaitLockWait()
 	_, err = tx.Exec(t.Context(), lockEvents, []string{"evt_1"})
 	require.NoError(t, err, "the other was ended")
+	// What it had seen of event 1 is no longer so.
+	for _, sql := range []string{"delete from walhook.deliveries where event_id = 'evt_1'", "delete from walhook.events where id = 'evt_1'"} {
+		_, err = tx.Exec(t.Context(), sql)
+		require.NoError(t, err)
+	}
 	require.NoError(t, tx.Commit(t.Context()))
 	require.NoError(t, <-done)
 	rows, _, err := b.Scan(t.Context(), "b", cdc.Position{}, nil, 10, 1000)
@@ -520,9 +578,12 @@ func TestFailedWriteCanBeDoneAgain(t *testing.T) {
 	require.Equal(t, 1, b.count("deliveries"))
 
 	b.exec("alter table walhook.deliveries add constraint no_two check (event_id <> 'evt_2')")
-	require.ErrorContains(t, b.Write(t.Context(), []outbox.Change{park(3), park(2)}), "write deliveries: insert deliveries: ")
-	require.Equal(t, 1, b.count("deliveries"))
-	require.Equal(t, 1, b.count("events"))
+	for rows, how := range map[int]string{2: "copy", 3: "insert"} {
+		b.copyRows = rows
+		require.ErrorContains(t, b.Write(t.Context(), []outbox.Change{park(3), park(2)}), "write deliveries: "+how+" deliveries: ")
+		require.Equal(t, 1, b.count("deliveries"))
+		require.Equal(t, 1, b.count("events"))
+	}
 	require.EqualValues(t, 1, b.pool.Stat().TotalConns(), "the connection is kept")
 }
 
