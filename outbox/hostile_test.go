@@ -235,7 +235,7 @@ func TestAHugeBacklogIsReadAsItIsSent(t *testing.T) {
 		w.start()
 		for i := range rows / 500 {
 			w.commit(numbered(500, fmt.Sprintf("%d-%%d:k%d-%%[1]d", i, i))...)
-			pass(50 * time.Millisecond)
+			pass(100 * time.Millisecond)
 		}
 		require.Len(t, w.store.Rows(), rows)
 		w.halt()

@@ -13,10 +13,15 @@ const (
 	journalBatch      = 2000    // changes in one transaction
 	journalBatchBytes = 8 << 20 // of event content in one transaction, beyond the first
 	journalMaxBackoff = 5 * time.Second
+
+	// A transaction of few changes costs Postgres as much as one of many. So one that follows the one before it
+	// within journalPause waits so long for more, unless that many are there.
+	journalPause = 50 * time.Millisecond
+	journalMany  = 200
 )
 
 // journal writes changes to the store in batches: whatever gathered while the last commit was
-// under way goes with the next one. A batch that fails is tried again for ever, in its order;
+// under way, or for a moment after it, goes with the next one. A batch that fails is tried again for ever, in its order;
 // meanwhile the deliveries in it stay in memory and owed, and the full buffer carries that to
 // the slot.
 type journal struct {
@@ -28,16 +33,21 @@ type journal struct {
 	byKey   map[deliveryKey]*entry // those of queue: not yet in a transaction
 	writing int                    // entries in the transaction under way
 	failed  error                  // of the latest write; nil once one succeeded
+	urgent  bool                   // somebody waits for one of queue
 	idle    chan struct{}          // closed when nothing is queued or under way; nil while nobody waits
 	signal  chan struct{}
+
+	changes []Change // of the transaction under way; run's alone
 }
 
 type deliveryKey struct{ endpoint, event string }
 
-// entry is a change on its way. done runs after its commit, on the journal's goroutine.
+// entry is a change on its way. done runs after its commit, on the journal's goroutine, and so do
+// those of the older changes whose place it took, before it.
 type entry struct {
 	change Change
-	done   []func()
+	older  []func()
+	done   func()
 }
 
 func newJournal(store Store, log *zap.Logger) *journal {
@@ -53,16 +63,25 @@ func newJournal(store Store, log *zap.Logger) *journal {
 func (j *journal) put(c Change, done func()) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if c.State == StateDead && !j.urgent { // the next one of its key goes when that is written
+		j.urgent = true
+		j.tell()
+	}
 	k := deliveryKey{c.EndpointID, c.Event.ID}
 	if e := j.byKey[k]; e != nil {
 		c.Insert = e.change.Insert
 		e.change = c
-		e.done = append(e.done, done)
+		e.older, e.done = append(e.older, e.done), done
 		return
 	}
-	e := &entry{change: c, done: []func(){done}}
+	e := &entry{change: c, done: done}
 	j.byKey[k] = e
 	j.queue = append(j.queue, e)
+	j.tell()
+}
+
+// tell has gather look again.
+func (j *journal) tell() {
 	select {
 	case j.signal <- struct{}{}:
 	default:
@@ -72,16 +91,13 @@ func (j *journal) put(c Change, done func()) {
 // run writes until ctx ends. It returns ErrFenced where another instance has taken over.
 func (j *journal) run(ctx context.Context) error {
 	backoff := time.Duration(0)
+	var began time.Time // the latest transaction
 	for {
-		batch := j.take()
-		if batch == nil {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-j.signal:
-				continue
-			}
+		if !j.gather(ctx, began) {
+			return nil
 		}
+		began = time.Now()
+		batch := j.take()
 		for {
 			err := j.write(ctx, batch)
 			if err == nil {
@@ -105,26 +121,58 @@ func (j *journal) run(ctx context.Context) error {
 			}
 		}
 		for _, e := range batch {
-			for _, done := range e.done {
+			for _, done := range e.older {
 				done()
 			}
+			e.done()
 		}
 		j.settled()
 	}
 }
 
-func (j *journal) write(ctx context.Context, batch []*entry) error {
-	changes := make([]Change, 0, len(batch))
-	for _, e := range batch {
-		if e.change.Insert && e.change.State == StateGone {
-			continue
+// gather waits until there is something to write, and then, where the latest transaction has only just begun, for
+// more. It tells false where ctx ended.
+func (j *journal) gather(ctx context.Context, began time.Time) bool {
+	var pause *time.Timer
+	var over <-chan time.Time
+	for {
+		j.mu.Lock()
+		queued, awaited := len(j.queue), j.urgent || j.idle != nil
+		j.mu.Unlock()
+		if queued > 0 {
+			if queued >= journalMany || awaited || time.Since(began) >= journalPause {
+				return true
+			}
+			if pause == nil {
+				pause = time.NewTimer(journalPause - time.Since(began))
+				defer pause.Stop()
+				over = pause.C
+			}
 		}
-		changes = append(changes, e.change)
+		select {
+		case <-ctx.Done():
+			return false
+		case <-j.signal:
+		case <-over:
+			return true
+		}
 	}
-	if len(changes) == 0 {
+}
+
+func (j *journal) write(ctx context.Context, batch []*entry) error {
+	defer func() {
+		clear(j.changes) // else it would keep the events
+		j.changes = j.changes[:0]
+	}()
+	for _, e := range batch {
+		if !e.change.Insert || e.change.State != StateGone {
+			j.changes = append(j.changes, e.change)
+		}
+	}
+	if len(j.changes) == 0 {
 		return nil
 	}
-	return j.store.Write(ctx, changes)
+	return j.store.Write(ctx, j.changes)
 }
 
 func (j *journal) take() []*entry {
@@ -139,12 +187,9 @@ func (j *journal) take() []*entry {
 		}
 		n++
 	}
-	if n == 0 {
-		return nil
-	}
 	batch := j.queue[:n:n]
 	if j.queue = j.queue[n:]; len(j.queue) == 0 {
-		j.queue = nil
+		j.queue, j.urgent = nil, false
 	}
 	for _, e := range batch {
 		delete(j.byKey, deliveryKey{e.change.EndpointID, e.change.Event.ID})
@@ -194,6 +239,7 @@ func (j *journal) flush(ctx context.Context) error {
 		}
 		if j.idle == nil {
 			j.idle = make(chan struct{})
+			j.tell()
 		}
 		idle := j.idle
 		j.mu.Unlock()

@@ -3,7 +3,9 @@ package outbox
 import (
 	"context"
 	"errors"
+	"slices"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,7 +28,7 @@ func (b *book) Write(ctx context.Context, changes []Change) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	b.writes = append(b.writes, changes)
+	b.writes = append(b.writes, slices.Clone(changes))
 	if b.answer == nil {
 		return nil
 	}
@@ -89,6 +91,47 @@ func TestWhatGathersWhileAWriteIsUnderWayGoesTogether(t *testing.T) {
 		require.Equal(t, [][]string{{"new a parked"}, {"new b parked", "a dead", "new c parked"}}, [][]string{states(s.book.writes[0]), states(s.book.writes[1])})
 		require.Equal(t, []string{"a", "b", "a dead", "c", "c parked"}, s.told)
 		require.Equal(t, 2*time.Second, time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)))
+	})
+}
+
+// A transaction each would cost more than what is in it.
+func TestFewChangesWaitForMoreAMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var writes atomic.Int32
+		s := keep(t, &book{took: time.Millisecond, answer: func(int) error {
+			writes.Add(1)
+			return nil
+		}})
+		began := time.Now()
+		written := func(n int, after time.Duration, why string) {
+			time.Sleep(time.Until(began.Add(after)) - 1)
+			synctest.Wait()
+			require.EqualValues(t, n-1, writes.Load(), why)
+			time.Sleep(1)
+			synctest.Wait()
+			require.EqualValues(t, n, writes.Load(), why)
+		}
+		s.note(inserted("a", StateParked), "a")
+		written(1, time.Millisecond, "the first one goes at once")
+		s.note(inserted("b", StateParked), "b")
+		time.Sleep(2 * time.Millisecond)
+		s.note(inserted("c", StateParked), "c")
+		written(2, journalPause+time.Millisecond, "they wait a moment")
+
+		s.note(inserted("d", StateDead), "d")
+		written(3, journalPause+2*time.Millisecond, "somebody may wait for it")
+		for i := range journalMany {
+			s.note(inserted(strconv.Itoa(i), StateParked), "")
+		}
+		written(4, journalPause+3*time.Millisecond, "they are many")
+		time.Sleep(journalPause)
+		began = time.Now()
+		s.note(inserted("e", StateParked), "e")
+		written(5, time.Millisecond, "the one before is long ago")
+		s.note(inserted("f", StateParked), "f")
+		require.NoError(t, s.flush(t.Context()))
+		require.Equal(t, 2*time.Millisecond, time.Since(began), "somebody waits")
+		require.Len(t, s.book.writes[1], 2)
 	})
 }
 

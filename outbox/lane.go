@@ -378,6 +378,7 @@ func (l *Lane) put(it *item, c Change, done func()) {
 		q.untold.push(it.event.Position)
 		q.parks++
 	}
+	due := c.Due // else all of c would stay with done
 	l.relay.journal.put(c, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -386,7 +387,7 @@ func (l *Lane) put(it *item, c Change, done func()) {
 			done()
 		}
 		l.forget(it)
-		l.dueAt(c.Due)
+		l.dueAt(due)
 		l.more = true
 		if q != nil {
 			q.untold.pop()

@@ -743,7 +743,7 @@ func TestWhatIsParkedForAnEndpointThatIsRemovedDies(t *testing.T) {
 		w.answers("a", fails)
 		w.start()
 		w.commit("1:k", "2:l", "3:k")
-		pass(10 * time.Millisecond)
+		pass(100 * time.Millisecond)
 		w.set(func() { w.writesFail = true })
 		w.configure(w.endpoints[1])
 		pass(10 * time.Second)

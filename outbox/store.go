@@ -60,7 +60,7 @@ type Backlog struct {
 // Store is the schema walhook as the outbox sees it. Every write carries the holder's epoch
 // and fails with ErrFenced where another instance has taken the slot since.
 type Store interface {
-	// Write applies the changes in one durable transaction, in their order.
+	// Write applies the changes in one durable transaction, in their order. It keeps nothing of the slice.
 	Write(ctx context.Context, changes []Change) error
 
 	// Scan reads parked deliveries of an endpoint in commit order from behind after: at most

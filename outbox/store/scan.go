@@ -98,6 +98,11 @@ type page struct {
 	limit int
 	rows  []outbox.Stored
 	total int // of the rows that were found, one more than the limit at most
+
+	// Of the row that is read, what does not stand in its Stored as it is.
+	headersRaw, raw []byte
+	commit          uint64
+	at, due, done   pgtype.Timestamptz
 }
 
 // more tells that rows follow the last one, for the limit's or the bytes' sake.
@@ -108,34 +113,29 @@ func (p *page) step(what, sql string, args ...any) step {
 		if len(p.rows) == 0 {
 			p.rows = make([]outbox.Stored, 0, p.limit)
 		}
-		stored, err := p.scan(r)
-		p.rows = append(p.rows, stored)
-		return err
+		return p.scan(r)
 	}}
 }
 
-func (p *page) scan(r pgx.Rows) (outbox.Stored, error) {
-	var (
-		e               outbox.Event
-		stored          = outbox.Stored{Event: &e}
-		headersRaw, raw []byte
-		commit          uint64
-		at, due, done   pgtype.Timestamptz
-	)
-	err := r.Scan(&e.ID, &e.Type, &e.Key, &e.Tenant, &at, &e.Headers, &headersRaw, &e.Data, &raw, &e.JSON, &done,
-		&stored.OrderKey, &stored.Attempts, &due, &commit, &e.Position.Ordinal, &p.total)
+func (p *page) scan(r pgx.Rows) error {
+	e := &outbox.Event{}
+	p.rows = append(p.rows, outbox.Stored{Event: e})
+	stored := &p.rows[len(p.rows)-1]
+	p.headersRaw, p.raw = nil, nil
+	err := r.Scan(&e.ID, &e.Type, &e.Key, &e.Tenant, &p.at, &e.Headers, &p.headersRaw, &e.Data, &p.raw, &e.JSON, &p.done,
+		&stored.OrderKey, &stored.Attempts, &p.due, &p.commit, &e.Position.Ordinal, &p.total)
 	if err != nil {
-		return outbox.Stored{}, err
+		return err
 	}
-	if headersRaw != nil {
-		e.Headers = headersRaw
+	if p.headersRaw != nil {
+		e.Headers = p.headersRaw
 	}
-	if raw != nil {
-		e.Data = raw
+	if p.raw != nil {
+		e.Data = p.raw
 	}
-	e.Time, e.Commit, stored.Due = moment(at), moment(done), moment(due)
-	e.Position.Commit = cdc.LSN(commit)
-	return stored, nil
+	e.Time, e.Commit, stored.Due = moment(p.at), moment(p.done), moment(p.due)
+	e.Position.Commit = cdc.LSN(p.commit)
+	return nil
 }
 
 // moment is zero for null, and in UTC.

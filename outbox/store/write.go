@@ -29,17 +29,7 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	if len(changes) == 0 {
 		return nil
 	}
-	var inserts, updates, gone []outbox.Change
-	for _, c := range changes {
-		switch {
-		case c.State == outbox.StateGone: // also of a new one: an earlier write of it may have been applied
-			gone = append(gone, c)
-		case c.Insert:
-			inserts = append(inserts, c)
-		default:
-			updates = append(updates, c)
-		}
-	}
+	inserts, updates, gone := split(changes)
 	ascii := s.asciiOnly.Load()
 	rest := append(updateSteps(updates, ascii), removeSteps(gone, nil)...)
 	var notices [][]byte
@@ -62,6 +52,30 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 		return fmt.Errorf("write deliveries: %w", err)
 	}
 	return nil
+}
+
+// split sorts changes by what is to be done, without a copy where it is the same for all.
+func split(changes []outbox.Change) (inserts, updates, gone []outbox.Change) {
+	into := func(c *outbox.Change) *[]outbox.Change {
+		switch {
+		case c.State == outbox.StateGone: // also of a new one: an earlier write of it may have been applied
+			return &gone
+		case c.Insert:
+			return &inserts
+		default:
+			return &updates
+		}
+	}
+	first := into(&changes[0])
+	if !slices.ContainsFunc(changes, func(c outbox.Change) bool { return into(&c) != first }) {
+		*first = changes
+		return inserts, updates, gone
+	}
+	for i := range changes {
+		to := into(&changes[i])
+		*to = append(*to, changes[i])
+	}
+	return inserts, updates, gone
 }
 
 // contentsOf are the events of changes by their ids.
