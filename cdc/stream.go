@@ -1019,17 +1019,17 @@ func (r *reader) run(ctx context.Context) error {
 	for {
 		msg, err := r.conn.ReceiveMessage(context.Background())
 		switch {
+		case err == nil:
+			if err := r.message(ctx, msg); err != nil {
+				return err
+			}
 		case pgconn.Timeout(err): // by arm or by wakeLocked
 			r.deadline = time.Time{}
-		case err != nil:
+		default:
 			if fatal := r.fatal(); fatal != nil {
 				return fatal
 			}
 			return err
-		default:
-			if err := r.message(ctx, msg); err != nil {
-				return err
-			}
 		}
 		if r.s.wake.Load() || r.heard.After(r.deadline) { // heard is now, but behind a timeout, where the deadline is zero
 			if err := r.timer(ctx); err != nil {

@@ -2,18 +2,36 @@ package outbox
 
 import (
 	"context"
-	"sync/atomic"
+	"runtime"
+	"sync"
+	"time"
 )
 
-// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
-const mostAtRest = 128
+const (
+	// quickAttempt is how long an attempt may take and still be one that the machine is at work on. From then on it
+	// waits for its receiver.
+	quickAttempt = 2 * time.Millisecond
+	// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
+	mostAtRest = 128
+)
 
 // crew are the goroutines that attempts run in. A new one would begin with a small stack, and grow it in each
 // attempt anew: where there are thousands of lanes with an event now and then, that costs as much as the request.
+//
+// As many attempts as the machine can be at work on begin within quickAttempt, and the others wait for one of those
+// goroutines: a thousand that run at once get no more done, and each finds the caches cold and the connections taken. One
+// that waits for its receiver keeps nobody waiting for longer than that.
 type crew struct {
-	over context.Context // of the relay
-	jobs chan job
-	rest atomic.Int32 // goroutines that wait for a job, or are about to
+	most int // attempts that began within quickAttempt
+	run  func(job)
+
+	mu     sync.Mutex // guards what follows
+	queue  []job      // that wait for somebody
+	rest   []*hand    // those who wait for a job
+	quick  int        // attempts of late that have not ended
+	late   []stint    // the beginnings of late, in their order; some have ended
+	timer  *time.Timer
+	closed bool
 }
 
 // job is an attempt that was taken from its lane, with the settings it was taken with.
@@ -23,29 +41,126 @@ type job struct {
 	ep   *Endpoint
 }
 
+// hand is one of the goroutines.
+type hand struct {
+	jobs chan job
+	turn uint64 // counts beginnings and ends
+	slow bool   // the attempt under way is none of late
+}
+
+// stint is the beginning of an attempt, which is under way while turn is its hand's.
+type stint struct {
+	hand  *hand
+	turn  uint64
+	began time.Time
+}
+
+// newCrew makes a crew whose hands go home when ctx ends.
+func newCrew(ctx context.Context) *crew {
+	c := &crew{most: max(64, 32*runtime.GOMAXPROCS(0)), run: func(j job) { j.lane.work(j.it, j.ep) }}
+	context.AfterFunc(ctx, c.close)
+	return c
+}
+
 // do has somebody do it, and does not wait for that.
 func (c *crew) do(j job) {
-	select {
-	case c.jobs <- j:
-	default:
-		go c.work(j)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.queue = append(c.queue, j)
+	c.look(time.Now())
+}
+
+// look gives what waits to those who may begin. It is called with mu locked.
+func (c *crew) look(now time.Time) {
+	for len(c.queue) > 0 && c.mayBegin(now) {
+		var h *hand
+		if n := len(c.rest); n > 0 {
+			h, c.rest = c.rest[n-1], c.rest[:n-1]
+		} else {
+			h = &hand{jobs: make(chan job, 1)}
+			go c.work(h)
+		}
+		h.jobs <- c.begin(h, now)
+	}
+	if len(c.queue) == 0 || c.timer != nil {
+		return
+	}
+	c.timer = time.AfterFunc(c.late[0].began.Add(quickAttempt).Sub(now), func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.timer = nil
+		c.look(time.Now())
+	})
+}
+
+// mayBegin tells whether fewer attempts than most are of late.
+func (c *crew) mayBegin(now time.Time) bool {
+	for len(c.late) > 0 {
+		s := c.late[0]
+		if s.turn == s.hand.turn {
+			if now.Sub(s.began) < quickAttempt {
+				break
+			}
+			s.hand.slow = true
+			c.quick--
+		}
+		c.late = c.late[1:]
+	}
+	return c.quick < c.most
+}
+
+// begin takes the next job for a hand.
+func (c *crew) begin(h *hand, now time.Time) job {
+	j := c.queue[0]
+	c.queue[0] = job{}
+	c.queue = c.queue[1:]
+	h.turn++
+	h.slow = false
+	c.quick++
+	c.late = append(c.late, stint{h, h.turn, now})
+	return j
+}
+
+func (c *crew) end(h *hand) {
+	h.turn++
+	if !h.slow {
+		c.quick--
 	}
 }
 
-func (c *crew) work(j job) {
-	for {
-		j.lane.work(j.it, j.ep)
-		j = job{}
-		if c.rest.Add(1) > mostAtRest {
-			c.rest.Add(-1)
-			return
-		}
-		select {
-		case j = <-c.jobs:
-			c.rest.Add(-1)
-		case <-c.over.Done():
-			c.rest.Add(-1)
-			return
+func (c *crew) work(h *hand) {
+	for j := range h.jobs {
+		for again := true; again; {
+			c.run(j)
+			j, again = c.next(h)
 		}
 	}
+}
+
+// next ends a hand's attempt and gives it another one. It tells false where there is none: the hand rests.
+func (c *crew) next(h *hand) (j job, more bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.end(h)
+	now := time.Now()
+	switch {
+	case len(c.queue) > 0 && c.mayBegin(now):
+		return c.begin(h, now), true
+	case c.closed || len(c.rest) == mostAtRest:
+		close(h.jobs)
+	default:
+		c.rest = append(c.rest, h)
+	}
+	return job{}, false
+}
+
+// close sends home those who rest, and the others when they have ended.
+func (c *crew) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	for _, h := range c.rest {
+		close(h.jobs)
+	}
+	c.rest = nil
 }

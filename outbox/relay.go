@@ -169,7 +169,7 @@ func New(cfg Config) (*Relay, error) {
 		r.clerk = newClerk(cfg.Roll, r.log)
 	}
 	r.sendCtx, r.stopSend = context.WithCancel(context.Background())
-	r.crew = &crew{over: r.sendCtx, jobs: make(chan job)}
+	r.crew = newCrew(r.sendCtx)
 	return r, nil
 }
 

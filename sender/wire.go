@@ -41,6 +41,8 @@ const (
 	// hostMemory is for how long, and up to twice that, the quickest answer of a host is remembered. The quickest tells what
 	// it can; the usual one also how many we ask at once.
 	hostMemory = 10 * time.Second
+	// deadlineSlack is how much longer than its timeout an attempt may take at most.
+	deadlineSlack = 100 * time.Millisecond
 	// protocolKnown is for how long it is remembered that a host speaks HTTP/1.1 over TLS: it may learn HTTP/2.
 	protocolKnown = 15 * time.Minute
 )
@@ -67,6 +69,7 @@ type wire struct {
 	address string
 
 	reused bool            // it has brought an answer before
+	until  time.Time       // the deadline that it has; zero where that is not known
 	cutBy  context.Context // whose end cuts the attempt under way
 	uncut  func() bool     // ends that
 
@@ -222,7 +225,7 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 		if err != nil {
 			return nil, result{err: err}, waited
 		}
-		if err = w.begin(parent, deadline); err == nil {
+		if err = w.begin(parent, deadline, min(deadlineSlack, deadline.Sub(begin)/16)); err == nil {
 			if err = w.send(t, m); err == nil || connectionEnded(err) { // it may have answered before it hung up
 				if got, wrong := w.receive(); wrong == nil {
 					return w, got, waited
@@ -338,8 +341,9 @@ func (handshakeTimeout) Error() string   { return "TLS handshake timeout" }
 func (handshakeTimeout) Timeout() bool   { return true }
 func (handshakeTimeout) Temporary() bool { return true }
 
-// begin gives the connection to an attempt.
-func (w *wire) begin(parent context.Context, deadline time.Time) error {
+// begin gives the connection to an attempt, which may last until the deadline, and slack longer: with that, the deadline of
+// an attempt shortly before serves this one too.
+func (w *wire) begin(parent context.Context, deadline time.Time, slack time.Duration) error {
 	if w.cutBy != parent {
 		if w.uncut != nil && !w.uncut() {
 			return net.ErrClosed // the end of another attempt's context has cut it, or is about to
@@ -347,10 +351,18 @@ func (w *wire) begin(parent context.Context, deadline time.Time) error {
 		// One for all attempts of a context, which are all that a run makes.
 		w.cutBy, w.uncut = parent, context.AfterFunc(parent, func() { _ = w.SetDeadline(time.Unix(1, 0)) })
 	}
-	if err := w.SetDeadline(deadline); err != nil {
-		return err
+	if left := w.until.Sub(deadline); left < 0 || left > slack {
+		if err := w.limit(deadline.Add(slack)); err != nil {
+			return err
+		}
 	}
 	return parent.Err() // it may have ended before there was a deadline for it to cut
+}
+
+// limit sets the deadline.
+func (w *wire) limit(deadline time.Time) error {
+	w.until = deadline
+	return w.SetDeadline(deadline)
 }
 
 func (w *wire) close() {
@@ -371,7 +383,7 @@ func (w *wire) quiet() bool {
 		return false
 	}
 	if _, secured := w.Conn.(*tls.Conn); secured { // it may hold a record that it has read with the last one
-		if w.SetReadDeadline(time.Unix(1, 0)) != nil {
+		if w.limit(time.Unix(1, 0)) != nil {
 			return false
 		}
 		if _, err := w.in.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -591,7 +603,7 @@ func (w *wire) drained(now, deadline time.Time) bool {
 	if soon := now.Add(bodyTime); soon.Before(deadline) {
 		deadline = soon
 	}
-	if w.SetDeadline(deadline) != nil || w.cutBy.Err() != nil {
+	if w.limit(deadline) != nil || w.cutBy.Err() != nil {
 		return false
 	}
 	switch {

@@ -497,7 +497,7 @@ func TestAnIdleWireOutlivesTheDeadlineOfItsLastAttempt(t *testing.T) {
 		require.Equal(t, outbox.Delivered, b.send(endpoint(url)).Verdict)
 		ws := b.wiresOf()
 		ws.mu.Lock()
-		require.NoError(t, ws.resting.first.SetDeadline(time.Unix(1, 0)))
+		require.NoError(t, ws.resting.first.limit(time.Unix(1, 0)))
 		ws.mu.Unlock()
 	}
 	require.EqualValues(t, 1, conns.Load())

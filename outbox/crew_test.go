@@ -1,0 +1,93 @@
+package outbox
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// employ gives a crew whose jobs take as long as their endpoint's timeout, and counts them.
+func employ(ctx context.Context) (c *crew, began, ended *atomic.Int32) {
+	began, ended = new(atomic.Int32), new(atomic.Int32)
+	c = newCrew(ctx)
+	c.run = func(j job) {
+		began.Add(1)
+		time.Sleep(j.ep.Timeout)
+		ended.Add(1)
+	}
+	return c, began, ended
+}
+
+func lasting(d time.Duration) job { return job{ep: &Endpoint{Timeout: d}} }
+
+// What is quick gets no quicker by more of it at once.
+func TestQuickAttemptsTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c, began, ended := employ(ctx)
+		for range 3 * c.most {
+			c.do(lasting(time.Millisecond))
+		}
+		for turn := 1; turn <= 3; turn++ {
+			synctest.Wait()
+			require.EqualValues(t, turn*c.most, began.Load())
+			require.EqualValues(t, (turn-1)*c.most, ended.Load())
+			time.Sleep(time.Millisecond)
+		}
+		synctest.Wait()
+		require.EqualValues(t, 3*c.most, ended.Load())
+		require.Len(t, c.rest, min(c.most, mostAtRest))
+		require.Empty(t, c.queue)
+		require.Zero(t, c.quick)
+	})
+}
+
+// However many wait for their receivers, the next one waits for them no longer than quickAttempt.
+func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c, began, ended := employ(ctx)
+		for range 10 * c.most {
+			c.do(lasting(time.Minute))
+		}
+		for turn := 1; turn <= 10; turn++ {
+			synctest.Wait()
+			require.EqualValues(t, turn*c.most, began.Load())
+			time.Sleep(quickAttempt)
+		}
+		c.do(lasting(time.Millisecond))
+		synctest.Wait()
+		require.EqualValues(t, 10*c.most+1, began.Load())
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		require.EqualValues(t, 1, ended.Load())
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.EqualValues(t, 10*c.most+1, ended.Load())
+		require.Zero(t, c.quick)
+		require.LessOrEqual(t, len(c.rest), mostAtRest)
+	})
+}
+
+// The relay's end cuts attempts short, but each is made: its lane waits for it.
+func TestWhatWaitsAtTheEndIsDone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		c, _, ended := employ(ctx)
+		for range 3 * c.most {
+			c.do(lasting(time.Second))
+		}
+		cancel()
+		c.do(lasting(time.Second))
+		time.Sleep(time.Minute)
+		synctest.Wait() // and no goroutine is left, or the bubble would not end
+		require.EqualValues(t, 3*c.most+1, ended.Load())
+		require.Empty(t, c.rest)
+	})
+}
