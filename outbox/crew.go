@@ -4,13 +4,15 @@ import (
 	"context"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 const (
 	// quickAttempt is how long an attempt may take and still be one that the machine is at work on. From then on it
-	// waits for its receiver.
+	// waits for its receiver, or up to lineAttempt for a connection that others of its host have.
 	quickAttempt = 2 * time.Millisecond
+	lineAttempt  = 10 * time.Millisecond
 	// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
 	mostAtRest = 128
 )
@@ -23,7 +25,7 @@ const (
 // that waits for its receiver keeps nobody waiting for longer than that.
 type crew struct {
 	most int // attempts that began within quickAttempt
-	run  func(job)
+	run  func(job, *hand)
 
 	mu     sync.Mutex // guards what follows
 	queue  []job      // that wait for somebody
@@ -43,9 +45,10 @@ type job struct {
 
 // hand is one of the goroutines.
 type hand struct {
-	jobs chan job
-	turn uint64 // counts beginnings and ends
-	slow bool   // the attempt under way is none of late
+	jobs   chan job
+	turn   uint64      // counts beginnings and ends
+	slow   bool        // the attempt under way is none of late
+	inLine atomic.Bool // it waits for a connection
 }
 
 // stint is the beginning of an attempt, which is under way while turn is its hand's.
@@ -53,11 +56,12 @@ type stint struct {
 	hand  *hand
 	turn  uint64
 	began time.Time
+	look  time.Time // when to see whether it still is
 }
 
 // newCrew makes a crew whose hands go home when ctx ends.
 func newCrew(ctx context.Context) *crew {
-	c := &crew{most: max(64, 32*runtime.GOMAXPROCS(0)), run: func(j job) { j.lane.work(j.it, j.ep) }}
+	c := &crew{most: max(64, 32*runtime.GOMAXPROCS(0)), run: func(j job, h *hand) { j.lane.work(j.it, j.ep, &h.inLine) }}
 	context.AfterFunc(ctx, c.close)
 	return c
 }
@@ -85,7 +89,7 @@ func (c *crew) look(now time.Time) {
 	if len(c.queue) == 0 || c.timer != nil {
 		return
 	}
-	c.timer = time.AfterFunc(c.late[0].began.Add(quickAttempt).Sub(now), func() {
+	c.timer = time.AfterFunc(c.late[0].look.Sub(now), func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.timer = nil
@@ -97,14 +101,19 @@ func (c *crew) look(now time.Time) {
 func (c *crew) mayBegin(now time.Time) bool {
 	for len(c.late) > 0 {
 		s := c.late[0]
-		if s.turn == s.hand.turn {
-			if now.Sub(s.began) < quickAttempt {
-				break
-			}
+		if s.turn == s.hand.turn && now.Before(s.look) {
+			break
+		}
+		c.late = c.late[1:]
+		switch {
+		case s.turn != s.hand.turn:
+		case s.hand.inLine.Load() && now.Sub(s.began) < lineAttempt:
+			s.look = now.Add(quickAttempt)
+			c.late = append(c.late, s)
+		default:
 			s.hand.slow = true
 			c.quick--
 		}
-		c.late = c.late[1:]
 	}
 	return c.quick < c.most
 }
@@ -117,7 +126,7 @@ func (c *crew) begin(h *hand, now time.Time) job {
 	h.turn++
 	h.slow = false
 	c.quick++
-	c.late = append(c.late, stint{h, h.turn, now})
+	c.late = append(c.late, stint{h, h.turn, now, now.Add(quickAttempt)})
 	return j
 }
 
@@ -131,7 +140,7 @@ func (c *crew) end(h *hand) {
 func (c *crew) work(h *hand) {
 	for j := range h.jobs {
 		for again := true; again; {
-			c.run(j)
+			c.run(j, h)
 			j, again = c.next(h)
 		}
 	}

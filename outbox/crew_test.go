@@ -14,7 +14,8 @@ import (
 func employ(ctx context.Context) (c *crew, began, ended *atomic.Int32) {
 	began, ended = new(atomic.Int32), new(atomic.Int32)
 	c = newCrew(ctx)
-	c.run = func(j job) {
+	c.run = func(j job, h *hand) {
+		h.inLine.Store(j.ep.ID == "in line")
 		began.Add(1)
 		time.Sleep(j.ep.Timeout)
 		ended.Add(1)
@@ -72,6 +73,27 @@ func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
 		require.EqualValues(t, 10*c.most+1, ended.Load())
 		require.Zero(t, c.quick)
 		require.LessOrEqual(t, len(c.rest), mostAtRest)
+	})
+}
+
+// Those who wait for a connection that others have are let through later: they would only make that line longer.
+func TestAttemptsInLineKeepOthersWaitingALittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c, began, _ := employ(ctx)
+		for range 2 * c.most {
+			c.do(job{ep: &Endpoint{ID: "in line", Timeout: time.Minute}})
+		}
+		time.Sleep(lineAttempt - 1)
+		synctest.Wait()
+		require.EqualValues(t, c.most, began.Load())
+		time.Sleep(1)
+		synctest.Wait()
+		require.EqualValues(t, 2*c.most, began.Load())
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		require.Zero(t, c.quick)
 	})
 }
 

@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 )
 
@@ -12,6 +13,8 @@ type Attempt struct {
 	Endpoint *Endpoint
 	Number   int  // from 1, over all restarts; of a batch, the highest of its events
 	Replay   bool // somebody asked for the event once more
+
+	InLine *atomic.Bool // set while it waits for a connection that others of its host have; nil where nobody asks
 }
 
 // Alone is an attempt of one event, in a batch of its own where the endpoint takes batches.

@@ -502,12 +502,13 @@ func (l *Lane) next() *item {
 }
 
 // work makes attempts until nothing may be sent, the first by the settings with which it was taken.
-func (l *Lane) work(it *item, ep *Endpoint) {
+func (l *Lane) work(it *item, ep *Endpoint, inLine *atomic.Bool) {
 	defer l.workers.Done()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for it != nil {
 		a := it.attempt(ep)
+		a.InLine = inLine
 		l.mu.Unlock()
 		now := time.Now()
 		var out Outcome

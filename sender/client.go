@@ -229,6 +229,7 @@ func (c *Client) post(parent context.Context, t *target, a outbox.Attempt, toget
 	}
 	defer t.pool.used()
 	if seen == nil && t.pool.takes(t, m, begin) {
+		m.inLine = a.InLine
 		return c.postByWire(parent, t, m, begin, span)
 	}
 	return c.postByNetHTTP(parent, t, m, begin, span, seen)

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -96,6 +97,7 @@ type message struct {
 	url    *url.URL
 	fields []field
 	body   *body
+	inLine *atomic.Bool // the attempt's; nil where nobody asks
 
 	lent   body   // that body may be: it ends with the attempt, and is written over by the next one
 	buffer []byte // of it

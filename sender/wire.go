@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -106,6 +107,7 @@ type host struct {
 	open    int           // of them, and of those in use or being made
 	least   time.Duration // that an attempt took since; zero where none ended
 	before  time.Duration // the same of the time before that
+	usual   time.Duration // what an attempt takes, the last ones counting most
 	since   time.Time
 	busy    wireList     // in use, that for longest first
 	young   *wire        // of those the first that is not stuck
@@ -174,11 +176,18 @@ func (h *host) note(took time.Duration, now time.Time) {
 		h.before, h.least, h.since = h.least, took, now
 	}
 	h.least = min(h.least, took)
+	h.usual += (took - h.usual) / 16
 }
 
-// quick tells whether the host can answer quickly. One that has not answered yet may.
+// quick tells whether the host can answer quickly. One that has not answered yet may, and one that takes four times as
+// long as it must may too, if only we asked less of it at once: ten thousand requests to a host that answers a hundred
+// at a time would never let us see how quick it is.
 func (h *host) quick() bool {
-	return h.least <= quickHost || h.before != 0 && h.before <= quickHost
+	least := h.least
+	if h.before != 0 {
+		least = min(least, h.before)
+	}
+	return least <= quickHost || h.usual > 4*least
 }
 
 func newWires(dial dialFunc, secure *tls.Config, maxIdle int) *wires {
@@ -220,7 +229,7 @@ func (ws *wires) learn(address string, http1 bool, now time.Time) {
 // again where a connection that was kept turns out to be dead: see trip. waited is for how long there was none.
 func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, deadline time.Time) (w *wire, r result, waited time.Duration) {
 	for tries := 1; ; tries++ {
-		w, late, err := ws.get(parent, t, begin, deadline)
+		w, late, err := ws.get(parent, t, m.inLine, begin, deadline)
 		waited += late
 		if err != nil {
 			return nil, result{err: err}, waited
@@ -245,12 +254,18 @@ func (ws *wires) exchange(parent context.Context, t *target, m *message, begin, 
 }
 
 // get takes an idle connection, waits for one, or makes one.
-func (ws *wires) get(parent context.Context, t *target, now, deadline time.Time) (w *wire, waited time.Duration, err error) {
+func (ws *wires) get(parent context.Context, t *target, inLine *atomic.Bool, now, deadline time.Time) (w *wire, waited time.Duration, err error) {
 	for {
 		w, turn := ws.take(t.address, now.Add(waited))
 		if turn != nil {
 			var late time.Duration
+			if inLine != nil {
+				inLine.Store(true)
+			}
 			w, late = ws.await(parent, t.address, turn, min(shareWait, deadline.Sub(now)/4))
+			if inLine != nil {
+				inLine.Store(false)
+			}
 			waited += late
 		}
 		if w == nil {

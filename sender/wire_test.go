@@ -335,7 +335,7 @@ func TestAWaitForAConnectionEndsWithItsContext(t *testing.T) {
 	to := &target{address: "a", way: way{guard: guard{plain: true}}}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, _, err := ws.get(ctx, to, time.Now(), time.Now().Add(patience))
+	_, _, err := ws.get(ctx, to, nil, time.Now(), time.Now().Add(patience))
 	require.ErrorIs(t, err, context.Canceled)
 	require.Equal(t, sharedFrom, ws.hosts["a"].open)
 	require.Empty(t, ws.hosts["a"].waiting)
@@ -565,7 +565,7 @@ func TestAShortAttemptWaitsForAConnectionAQuarterOfItsTime(t *testing.T) {
 		ws := newWires(func(context.Context, string, string) (net.Conn, error) { return near, nil }, new(tls.Config), 3)
 		ws.hosts["a"] = &host{open: sharedFrom}
 		to := &target{address: "a", way: way{guard: guard{plain: true}}}
-		w, waited, err := ws.get(t.Context(), to, time.Now(), time.Now().Add(200*time.Millisecond))
+		w, waited, err := ws.get(t.Context(), to, nil, time.Now(), time.Now().Add(200*time.Millisecond))
 		require.NoError(t, err)
 		require.Equal(t, 50*time.Millisecond, waited)
 		ws.drop(w)
