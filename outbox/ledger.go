@@ -62,7 +62,7 @@ type span struct {
 // until it has shown how fast they leave.
 const (
 	minWindow   = 512
-	startWindow = 2048
+	startWindow = 1024
 )
 
 // NewLedger makes a Ledger for at most that many events and bytes in memory.

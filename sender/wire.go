@@ -35,10 +35,10 @@ const (
 	// in the host's own queue. At a slow one each attempt has its own.
 	sharedFrom = 128
 	shareWait  = 250 * time.Millisecond
-	quickHost  = 20 * time.Millisecond
+	quickHost  = 50 * time.Millisecond
 	// stuckAfter is from when on a connection in use is none that may come back soon, and counts no more: an endpoint that
 	// hangs keeps none from the others of its host.
-	stuckAfter = 100 * time.Millisecond
+	stuckAfter = 250 * time.Millisecond
 	// hostMemory is for how long, and up to twice that, the quickest answer of a host is remembered. The quickest tells what
 	// it can; the usual one also how many we ask at once.
 	hostMemory = 10 * time.Second
