@@ -3,6 +3,7 @@ package outbox
 import (
 	"context"
 	"runtime"
+	sched "runtime/metrics"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,9 +11,9 @@ import (
 
 const (
 	// quickAttempt is how long an attempt may take and still be one that the machine is at work on. From then on it
-	// waits for its receiver, or up to lineAttempt for a connection that others of its host have.
+	// waits for its receiver, or up to lineAttempt for a connection that others of its host have, or for the machine.
 	quickAttempt = 2 * time.Millisecond
-	lineAttempt  = 10 * time.Millisecond
+	lineAttempt  = 5 * quickAttempt
 	// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
 	mostAtRest = 128
 )
@@ -24,23 +25,27 @@ const (
 // goroutines: a thousand that run at once get no more done, and each finds the caches cold and the connections taken. One
 // that waits for its receiver keeps nobody waiting for longer than that.
 type crew struct {
-	most int // attempts that began within quickAttempt
-	run  func(job, *hand)
+	most    int // attempts that began within quickAttempt
+	run     func(job, *hand)
+	starved func() bool // more goroutines could run than there are processors for
 
 	mu     sync.Mutex // guards what follows
-	queue  []job      // that wait for somebody
+	alone  []job      // that wait for somebody, each its lane's only one
+	queue  []job      // the others
 	rest   []*hand    // those who wait for a job
 	quick  int        // attempts of late that have not ended
-	late   []stint    // the beginnings of late, in their order; some have ended
+	late   []stint    // the beginnings of late, in the order of their look; some have ended
 	timer  *time.Timer
 	closed bool
 }
 
-// job is an attempt that was taken from its lane, with the settings it was taken with.
+// job is an attempt that was taken from its lane, with the settings it was taken with, and whatever the lane has ready when
+// that has ended.
 type job struct {
-	lane *Lane
-	it   *item
-	ep   *Endpoint
+	lane  *Lane
+	it    *item
+	ep    *Endpoint
+	alone bool // the lane has no other under way
 }
 
 // hand is one of the goroutines.
@@ -61,22 +66,37 @@ type stint struct {
 
 // newCrew makes a crew whose hands go home when ctx ends.
 func newCrew(ctx context.Context) *crew {
-	c := &crew{most: max(64, 32*runtime.GOMAXPROCS(0)), run: func(j job, h *hand) { j.lane.work(j.it, j.ep, &h.inLine) }}
+	c := &crew{
+		most:    max(64, 32*runtime.GOMAXPROCS(0)),
+		run:     func(j job, h *hand) { j.lane.work(j.it, j.ep, &h.inLine) },
+		starved: starved,
+	}
 	context.AfterFunc(ctx, c.close)
 	return c
+}
+
+// starved costs a tenth of a microsecond.
+func starved() bool {
+	runnable := []sched.Sample{{Name: "/sched/goroutines/runnable:goroutines"}}
+	sched.Read(runnable)
+	return runnable[0].Value.Kind() == sched.KindUint64 && runnable[0].Value.Uint64() > 2*uint64(runtime.GOMAXPROCS(0))
 }
 
 // do has somebody do it, and does not wait for that.
 func (c *crew) do(j job) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.queue = append(c.queue, j)
+	if j.alone {
+		c.alone = append(c.alone, j)
+	} else {
+		c.queue = append(c.queue, j)
+	}
 	c.look(time.Now())
 }
 
 // look gives what waits to those who may begin. It is called with mu locked.
 func (c *crew) look(now time.Time) {
-	for len(c.queue) > 0 && c.mayBegin(now) {
+	for c.waiting() && c.mayBegin(now) {
 		var h *hand
 		if n := len(c.rest); n > 0 {
 			h, c.rest = c.rest[n-1], c.rest[:n-1]
@@ -86,7 +106,7 @@ func (c *crew) look(now time.Time) {
 		}
 		h.jobs <- c.begin(h, now)
 	}
-	if len(c.queue) == 0 || c.timer != nil {
+	if !c.waiting() || c.timer != nil {
 		return
 	}
 	c.timer = time.AfterFunc(c.late[0].look.Sub(now), func() {
@@ -96,6 +116,8 @@ func (c *crew) look(now time.Time) {
 		c.look(time.Now())
 	})
 }
+
+func (c *crew) waiting() bool { return len(c.alone) > 0 || len(c.queue) > 0 }
 
 // mayBegin tells whether fewer attempts than most are of late.
 func (c *crew) mayBegin(now time.Time) bool {
@@ -107,7 +129,7 @@ func (c *crew) mayBegin(now time.Time) bool {
 		c.late = c.late[1:]
 		switch {
 		case s.turn != s.hand.turn:
-		case s.hand.inLine.Load() && now.Sub(s.began) < lineAttempt:
+		case now.Sub(s.began) < lineAttempt && (s.hand.inLine.Load() || c.starved()):
 			s.look = now.Add(quickAttempt)
 			c.late = append(c.late, s)
 		default:
@@ -120,9 +142,13 @@ func (c *crew) mayBegin(now time.Time) bool {
 
 // begin takes the next job for a hand.
 func (c *crew) begin(h *hand, now time.Time) job {
-	j := c.queue[0]
-	c.queue[0] = job{}
-	c.queue = c.queue[1:]
+	from := &c.alone
+	if len(c.alone) == 0 {
+		from = &c.queue
+	}
+	j := (*from)[0]
+	(*from)[0] = job{}
+	*from = (*from)[1:]
 	h.turn++
 	h.slow = false
 	c.quick++
@@ -153,7 +179,7 @@ func (c *crew) next(h *hand) (j job, more bool) {
 	c.end(h)
 	now := time.Now()
 	switch {
-	case len(c.queue) > 0 && c.mayBegin(now):
+	case c.waiting() && c.mayBegin(now):
 		return c.begin(h, now), true
 	case c.closed || len(c.rest) == mostAtRest:
 		close(h.jobs)

@@ -14,6 +14,7 @@ import (
 func employ(ctx context.Context) (c *crew, began, ended *atomic.Int32) {
 	began, ended = new(atomic.Int32), new(atomic.Int32)
 	c = newCrew(ctx)
+	c.starved = func() bool { return false }
 	c.run = func(j job, h *hand) {
 		h.inLine.Store(j.ep.ID == "in line")
 		began.Add(1)
@@ -71,30 +72,49 @@ func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		require.EqualValues(t, 10*c.most+1, ended.Load())
+
+		// Nor the many of one endpoint that came just before.
+		for range 10 * c.most {
+			c.do(lasting(time.Minute))
+		}
+		lone := lasting(time.Millisecond)
+		lone.alone = true
+		c.do(lone)
+		time.Sleep(quickAttempt + time.Millisecond)
+		synctest.Wait()
+		require.EqualValues(t, 10*c.most+2, ended.Load())
+		time.Sleep(time.Hour)
+		synctest.Wait()
 		require.Zero(t, c.quick)
 		require.LessOrEqual(t, len(c.rest), mostAtRest)
 	})
 }
 
-// Those who wait for a connection that others have are let through later: they would only make that line longer.
+// Those who wait for a connection that others have, or for the machine, are let through later: more of them would only make that
+// line longer.
 func TestAttemptsInLineKeepOthersWaitingALittle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		c, began, _ := employ(ctx)
-		for range 2 * c.most {
-			c.do(job{ep: &Endpoint{ID: "in line", Timeout: time.Minute}})
-		}
-		time.Sleep(lineAttempt - 1)
-		synctest.Wait()
-		require.EqualValues(t, c.most, began.Load())
-		time.Sleep(1)
-		synctest.Wait()
-		require.EqualValues(t, 2*c.most, began.Load())
-		time.Sleep(time.Hour)
-		synctest.Wait()
-		require.Zero(t, c.quick)
-	})
+	for name, starved := range map[string]bool{"in line": false, "starved": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				c, began, _ := employ(ctx)
+				c.starved = func() bool { return starved }
+				for range 2 * c.most {
+					c.do(job{ep: &Endpoint{ID: name, Timeout: time.Minute}})
+				}
+				time.Sleep(lineAttempt - 1)
+				synctest.Wait()
+				require.EqualValues(t, c.most, began.Load())
+				time.Sleep(time.Nanosecond)
+				synctest.Wait()
+				require.EqualValues(t, 2*c.most, began.Load())
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				require.Zero(t, c.quick)
+			})
+		})
+	}
 }
 
 // The relay's end cuts attempts short, but each is made: its lane waits for it.

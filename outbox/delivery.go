@@ -27,7 +27,7 @@ func Alone(e *Event, to *Endpoint) Attempt {
 }
 
 // Sender makes one attempt and judges its answer. It waits for nothing but the network,
-// spends at most the endpoint's timeout, and never returns an error: a 503 is a normal day.
+// spends at most the endpoint's timeout and a tenth of a second, and never returns an error: a 503 is a normal day.
 type Sender interface {
 	Send(ctx context.Context, a Attempt) Outcome
 	// Forget drops what was learned of an endpoint that is gone: its circuit, its connections.

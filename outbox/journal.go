@@ -27,6 +27,7 @@ const (
 type journal struct {
 	store Store
 	log   *zap.Logger
+	many  int // changes that do not wait for more
 
 	mu      sync.Mutex // guards what follows
 	queue   []*entry
@@ -50,9 +51,10 @@ type entry struct {
 	done   func()
 }
 
-func newJournal(store Store, log *zap.Logger) *journal {
+// newJournal makes a journal for a buffer of so many events. A full one waits for commits, so many changes are fewer in a small one.
+func newJournal(store Store, log *zap.Logger, events int) *journal {
 	return &journal{
-		store: store, log: log.Named("journal"),
+		store: store, log: log.Named("journal"), many: max(1, min(journalMany, events/4)),
 		byKey:  map[deliveryKey]*entry{},
 		signal: make(chan struct{}, 1),
 	}
@@ -140,7 +142,7 @@ func (j *journal) gather(ctx context.Context, began time.Time) bool {
 		queued, awaited := len(j.queue), j.urgent || j.idle != nil
 		j.mu.Unlock()
 		if queued > 0 {
-			if queued >= journalMany || awaited || time.Since(began) >= journalPause {
+			if queued >= j.many || awaited || time.Since(began) >= journalPause {
 				return true
 			}
 			if pause == nil {

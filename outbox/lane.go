@@ -467,7 +467,7 @@ func (l *Lane) kick() {
 func (l *Lane) dispatch() {
 	for it := l.next(); it != nil; it = l.next() {
 		l.workers.Add(1)
-		l.relay.crew.do(job{l, it, l.ep})
+		l.relay.crew.do(job{l, it, l.ep, l.inflight == 1})
 	}
 	l.load()
 }

@@ -159,7 +159,7 @@ func New(cfg Config) (*Relay, error) {
 		told:     map[string]bool{},
 		counts:   make(chan struct{}, 1),
 	}
-	r.journal = newJournal(cfg.Store, r.log)
+	r.journal = newJournal(cfg.Store, r.log, cfg.MaxEvents)
 	r.herald = &herald{emit: cfg.Claims.Emit, log: r.log, signal: make(chan struct{}, 1)}
 	r.eager.Store(reg.own > 0)
 	for _, ep := range cfg.Endpoints {

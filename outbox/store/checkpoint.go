@@ -188,6 +188,7 @@ and wait_event = 'ClientRead'
 and xact_start < clock_timestamp() - interval '1 second'
 and (
 	application_name = current_setting('application_name')
+	and state_change < clock_timestamp() - interval '1 second'
 	or application_name = ` + fillName + `
 	and state_change < clock_timestamp() - make_interval(secs => $1)
 )`

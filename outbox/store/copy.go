@@ -41,27 +41,30 @@ from (
 	for update
 ) e`
 
-var errCopyConflict = errors.New("what is copied is there already")
+var errCopyConflict = errors.New("it cannot be copied")
 
 // copySteps do what insertSteps do. They fail with errCopyConflict where somebody else inserts
-// the same meanwhile, or where a delivery lost its event by hand.
+// the same meanwhile, where a delivery lost its event by hand, or where the server copies nothing into these tables.
 func copySteps(inserts []outbox.Change, ascii bool) []step {
 	contents := contentsOf(inserts)
 	ids := slices.Sorted(maps.Keys(contents))
-	stored := map[string][]string{} // the endpoints that an event has deliveries for
-	lock := step{what: "lock stored events", sql: lockStored, args: []any{ids}, begin: func() { clear(stored) }, row: func(r pgx.Rows) error {
+	stored, delivered := map[string]bool{}, map[[2]string]bool{} // events, and event and endpoint
+	lock := step{what: "lock stored events", sql: lockStored, args: []any{ids}, begin: func() { clear(stored); clear(delivered) }, row: func(r pgx.Rows) error {
 		var (
 			id        string
 			endpoints []string
 		)
 		err := r.Scan(&id, &endpoints)
-		stored[id] = endpoints
+		stored[id] = true
+		for _, endpoint := range endpoints {
+			delivered[[2]string{id, endpoint}] = true
+		}
 		return err
 	}}
 	events := step{what: "copy events", copy: &copying{table: "events", columns: eventColumns, rows: func() pgx.CopyFromSource {
 		fresh := ids
 		if len(stored) > 0 {
-			fresh = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { _, there := stored[id]; return there })
+			fresh = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return stored[id] })
 		}
 		values := make([]any, len(eventColumns))
 		return pgx.CopyFromSlice(len(fresh), func(i int) ([]any, error) {
@@ -73,7 +76,7 @@ func copySteps(inserts []outbox.Change, ascii bool) []step {
 		fresh := inserts
 		if len(stored) > 0 {
 			fresh = slices.DeleteFunc(slices.Clone(inserts), func(c outbox.Change) bool {
-				return slices.Contains(stored[clean(c.Event.ID)], clean(c.EndpointID))
+				return delivered[[2]string{clean(c.Event.ID), clean(c.EndpointID)}]
 			})
 		}
 		values := make([]any, len(deliveryColumns))

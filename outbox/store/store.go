@@ -192,8 +192,8 @@ func (s *Store) run(ctx context.Context, steps []step) error {
 		if refused.Code == fenced {
 			return outbox.ErrFenced
 		}
-		const deadlock, serialization, unique = "40P01", "40001", "23505"
-		if refused.Code == unique && slices.ContainsFunc(steps, func(st step) bool { return st.copy != nil }) {
+		const deadlock, serialization, unique, unsupported = "40P01", "40001", "23505", "0A000" // the last one for row-level security
+		if (refused.Code == unique || refused.Code == unsupported) && slices.ContainsFunc(steps, func(st step) bool { return st.copy != nil }) {
 			return errCopyConflict
 		}
 		if (refused.Code != deadlock && refused.Code != serialization) || try == deadlockTries {

@@ -280,7 +280,7 @@ func dueColumn(c *outbox.Change) pgtype.Timestamptz {
 // pair by pair.
 const ownStatement = 16
 
-// In the order of the index the look-ups cost a half: of these the ids come sorted, of pairs by us.
+// In the order of the index the look-ups cost a half: Postgres sorts an array itself, pairs are sorted by us.
 const deleteOfEndpoint = `
 delete from walhook.deliveries
 where event_id = any($2::text[])
