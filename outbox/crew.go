@@ -23,7 +23,9 @@ const (
 //
 // As many attempts as the machine can be at work on begin within quickAttempt, and the others wait for one of those
 // goroutines: a thousand that run at once get no more done, and each finds the caches cold and the connections taken. One
-// that waits for its receiver keeps nobody waiting for longer than that.
+// that waits for its receiver gives its place away after that time, and one that waits for a connection, or for a processor, a
+// little later: more of them would only make that line longer. The only attempt of its lane comes before all others, so that
+// it does not wait behind the many of an endpoint that hangs.
 type crew struct {
 	most    int // attempts that began within quickAttempt
 	run     func(job, *hand)
@@ -75,7 +77,7 @@ func newCrew(ctx context.Context) *crew {
 	return c
 }
 
-// starved costs a tenth of a microsecond.
+// starved reads one number of the runtime, in a tenth of a microsecond.
 func starved() bool {
 	runnable := []sched.Sample{{Name: "/sched/goroutines/runnable:goroutines"}}
 	sched.Read(runnable)

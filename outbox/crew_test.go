@@ -10,39 +10,47 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// employ gives a crew whose jobs take as long as their endpoint's timeout, and counts them.
-func employ(ctx context.Context) (c *crew, began, ended *atomic.Int32) {
-	began, ended = new(atomic.Int32), new(atomic.Int32)
-	c = newCrew(ctx)
-	c.starved = func() bool { return false }
-	c.run = func(j job, h *hand) {
-		h.inLine.Store(j.ep.ID == "in line")
-		began.Add(1)
-		time.Sleep(j.ep.Timeout)
-		ended.Add(1)
-	}
-	return c, began, ended
+// shift is a crew whose jobs take as long as their endpoint's timeout, and counts them.
+type shift struct {
+	*crew
+	began, ended atomic.Int32
+	stop         context.CancelFunc
+}
+
+// onShift runs a test with a crew in a bubble.
+func onShift(t *testing.T, test func(*testing.T, *shift)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c := &shift{crew: newCrew(ctx), stop: cancel}
+		c.starved = func() bool { return false }
+		c.run = func(j job, h *hand) {
+			h.inLine.Store(j.ep.ID == "in line")
+			c.began.Add(1)
+			time.Sleep(j.ep.Timeout)
+			c.ended.Add(1)
+		}
+		test(t, c)
+	})
 }
 
 func lasting(d time.Duration) job { return job{ep: &Endpoint{Timeout: d}} }
 
 // What is quick gets no quicker by more of it at once.
 func TestQuickAttemptsTakeTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		c, began, ended := employ(ctx)
+	onShift(t, func(t *testing.T, c *shift) {
 		for range 3 * c.most {
 			c.do(lasting(time.Millisecond))
 		}
 		for turn := 1; turn <= 3; turn++ {
 			synctest.Wait()
-			require.EqualValues(t, turn*c.most, began.Load())
-			require.EqualValues(t, (turn-1)*c.most, ended.Load())
+			require.EqualValues(t, turn*c.most, c.began.Load())
+			require.EqualValues(t, (turn-1)*c.most, c.ended.Load())
 			time.Sleep(time.Millisecond)
 		}
 		synctest.Wait()
-		require.EqualValues(t, 3*c.most, ended.Load())
+		require.EqualValues(t, 3*c.most, c.ended.Load())
 		require.Len(t, c.rest, min(c.most, mostAtRest))
 		require.Empty(t, c.queue)
 		require.Zero(t, c.quick)
@@ -51,27 +59,24 @@ func TestQuickAttemptsTakeTurns(t *testing.T) {
 
 // However many wait for their receivers, the next one waits for them no longer than quickAttempt.
 func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		c, began, ended := employ(ctx)
+	onShift(t, func(t *testing.T, c *shift) {
 		for range 10 * c.most {
 			c.do(lasting(time.Minute))
 		}
 		for turn := 1; turn <= 10; turn++ {
 			synctest.Wait()
-			require.EqualValues(t, turn*c.most, began.Load())
+			require.EqualValues(t, turn*c.most, c.began.Load())
 			time.Sleep(quickAttempt)
 		}
 		c.do(lasting(time.Millisecond))
 		synctest.Wait()
-		require.EqualValues(t, 10*c.most+1, began.Load())
+		require.EqualValues(t, 10*c.most+1, c.began.Load())
 		time.Sleep(time.Millisecond)
 		synctest.Wait()
-		require.EqualValues(t, 1, ended.Load())
+		require.EqualValues(t, 1, c.ended.Load())
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		require.EqualValues(t, 10*c.most+1, ended.Load())
+		require.EqualValues(t, 10*c.most+1, c.ended.Load())
 
 		// Nor the many of one endpoint that came just before.
 		for range 10 * c.most {
@@ -82,7 +87,7 @@ func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
 		c.do(lone)
 		time.Sleep(quickAttempt + time.Millisecond)
 		synctest.Wait()
-		require.EqualValues(t, 10*c.most+2, ended.Load())
+		require.EqualValues(t, 10*c.most+2, c.ended.Load())
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		require.Zero(t, c.quick)
@@ -95,20 +100,17 @@ func TestSlowAttemptsKeepNobodyWaiting(t *testing.T) {
 func TestAttemptsInLineKeepOthersWaitingALittle(t *testing.T) {
 	for name, starved := range map[string]bool{"in line": false, "starved": true} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				c, began, _ := employ(ctx)
+			onShift(t, func(t *testing.T, c *shift) {
 				c.starved = func() bool { return starved }
 				for range 2 * c.most {
 					c.do(job{ep: &Endpoint{ID: name, Timeout: time.Minute}})
 				}
 				time.Sleep(lineAttempt - 1)
 				synctest.Wait()
-				require.EqualValues(t, c.most, began.Load())
+				require.EqualValues(t, c.most, c.began.Load())
 				time.Sleep(time.Nanosecond)
 				synctest.Wait()
-				require.EqualValues(t, 2*c.most, began.Load())
+				require.EqualValues(t, 2*c.most, c.began.Load())
 				time.Sleep(time.Hour)
 				synctest.Wait()
 				require.Zero(t, c.quick)
@@ -119,17 +121,15 @@ func TestAttemptsInLineKeepOthersWaitingALittle(t *testing.T) {
 
 // The relay's end cuts attempts short, but each is made: its lane waits for it.
 func TestWhatWaitsAtTheEndIsDone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		c, _, ended := employ(ctx)
+	onShift(t, func(t *testing.T, c *shift) {
 		for range 3 * c.most {
 			c.do(lasting(time.Second))
 		}
-		cancel()
+		c.stop()
 		c.do(lasting(time.Second))
 		time.Sleep(time.Minute)
 		synctest.Wait() // and no goroutine is left, or the bubble would not end
-		require.EqualValues(t, 3*c.most+1, ended.Load())
+		require.EqualValues(t, 3*c.most+1, c.ended.Load())
 		require.Empty(t, c.rest)
 	})
 }

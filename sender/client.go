@@ -170,7 +170,7 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Send makes one attempt and judges it. It returns within the endpoint's timeout, and at once
+// Send makes one attempt and judges it. It returns within the endpoint's timeout and deadlineSlack, and at once
 // where the circuit is open. While this host has no place for one more attempt, it waits up to
 // roomWait for one before all that.
 func (c *Client) Send(ctx context.Context, a outbox.Attempt) outbox.Outcome {

@@ -661,3 +661,21 @@ func FuzzAnswer(f *testing.F) {
 		require.Equal(t, string(want), string(left))
 	})
 }
+
+// The queue that we make ourselves at a host must not look like a host that is slow.
+func TestAHostThatTakesLongForMuchAtOnceMayBeQuick(t *testing.T) {
+	h, now := &host{}, time.Now()
+	answers := func(n int, took time.Duration) {
+		for range n {
+			h.note(took, now)
+		}
+	}
+	answers(100, 2*quickHost)
+	require.False(t, h.quick(), "it is far away")
+	answers(100, 6*quickHost)
+	require.False(t, h.quick(), "three times as long says nothing")
+	answers(100, 10*quickHost)
+	require.True(t, h.quick())
+	answers(100, 2*quickHost)
+	require.False(t, h.quick(), "asked for less, it is as far away as before")
+}

@@ -41,9 +41,9 @@ from (
 	for update
 ) e`
 
-var errCopyConflict = errors.New("it cannot be copied")
+var errNotCopied = errors.New("it cannot be copied")
 
-// copySteps do what insertSteps do. They fail with errCopyConflict where somebody else inserts
+// copySteps do what insertSteps do. They fail with errNotCopied where somebody else inserts
 // the same meanwhile, where a delivery lost its event by hand, or where the server copies nothing into these tables.
 func copySteps(inserts []outbox.Change, ascii bool) []step {
 	contents := contentsOf(inserts)

@@ -194,7 +194,7 @@ func (s *Store) run(ctx context.Context, steps []step) error {
 		}
 		const deadlock, serialization, unique, unsupported = "40P01", "40001", "23505", "0A000" // the last one for row-level security
 		if (refused.Code == unique || refused.Code == unsupported) && slices.ContainsFunc(steps, func(st step) bool { return st.copy != nil }) {
-			return errCopyConflict
+			return errNotCopied
 		}
 		if (refused.Code != deadlock && refused.Code != serialization) || try == deadlockTries {
 			return err
@@ -240,14 +240,14 @@ func send(ctx context.Context, to session, steps []step) error {
 				return err
 			}
 		}
-		if steps = steps[n:]; len(steps) == 0 {
+		if n == len(steps) {
 			return nil
 		}
-		c := steps[0].copy
+		c := steps[n].copy
 		if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", c.table}, c.columns, c.rows()); err != nil {
-			return fmt.Errorf("%s: %w", steps[0].what, err)
+			return fmt.Errorf("%s: %w", steps[n].what, err)
 		}
-		steps = steps[1:]
+		steps = steps[n+1:]
 	}
 	return nil
 }

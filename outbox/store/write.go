@@ -41,11 +41,12 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	if len(notices) > 0 {
 		rest = append(rest, emitStep(notices))
 	}
-	err := errCopyConflict
-	if len(inserts) >= s.copyRows {
+	var err error
+	many := len(inserts) >= s.copyRows
+	if many {
 		err = s.held(ctx, append(copySteps(inserts, ascii), rest...)...)
 	}
-	if errors.Is(err, errCopyConflict) {
+	if !many || errors.Is(err, errNotCopied) {
 		err = s.held(ctx, append(insertSteps(inserts, ascii), rest...)...)
 	}
 	if err != nil {
@@ -100,7 +101,7 @@ func insertSteps(inserts []outbox.Change, ascii bool) (steps []step) {
 	for part := range chunks(events, contentSize) {
 		steps = append(steps, insertEventsStep(part, ascii))
 	}
-	for part := range chunks(inserts, rowSize) {
+	for part := range chunks(inserts, noSize) {
 		steps = append(steps, insertDeliveriesStep(part, ascii))
 	}
 	return steps
@@ -108,7 +109,8 @@ func insertSteps(inserts []outbox.Change, ascii bool) (steps []step) {
 
 func contentSize(e *outbox.Event) int { return len(e.Headers) + len(e.Data) }
 
-func rowSize(outbox.Change) int { return 0 }
+// noSize is for what has no content worth counting.
+func noSize[E any](E) int { return 0 }
 
 // chunks cuts all into parts of at most chunkRows and, beyond a part's first, chunkBytes.
 func chunks[E any](all []E, size func(E) int) func(yield func([]E) bool) {
@@ -345,12 +347,12 @@ func removeSteps(gone []outbox.Change, tag func(pgconn.CommandTag)) (steps []ste
 			}
 			continue
 		}
-		for part := range chunks(ids, idSize) {
+		for part := range chunks(ids, noSize) {
 			steps = append(steps, step{what: "delete deliveries", sql: deleteOfEndpoint, args: []any{endpoint, part}, tag: tag})
 		}
 	}
 	slices.SortFunc(pairs, func(a, b [2]string) int { return strings.Compare(a[0], b[0]) })
-	for part := range chunks(pairs, func([2]string) int { return 0 }) {
+	for part := range chunks(pairs, noSize) {
 		endpoints, ids := make([]string, len(part)), make([]string, len(part))
 		for i, pair := range part {
 			ids[i], endpoints[i] = pair[0], pair[1]
@@ -360,8 +362,6 @@ func removeSteps(gone []outbox.Change, tag func(pgconn.CommandTag)) (steps []ste
 	return append(steps, removeEventsSteps(gone)...)
 }
 
-func idSize(string) int { return 0 }
-
 // removeEventsSteps delete the events of deliveries that were deleted before them, where no other
 // delivery needs them.
 func removeEventsSteps(gone []outbox.Change) (steps []step) {
@@ -370,7 +370,7 @@ func removeEventsSteps(gone []outbox.Change) (steps []step) {
 		ids[i] = clean(c.Event.ID)
 	}
 	slices.Sort(ids)
-	for part := range chunks(slices.Compact(ids), idSize) {
+	for part := range chunks(slices.Compact(ids), noSize) {
 		steps = append(steps,
 			step{what: "lock events", sql: lockEvents, args: []any{part}},
 			step{what: "delete events", sql: deleteEvents, args: []any{part}},
