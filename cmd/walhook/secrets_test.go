@@ -60,7 +60,8 @@ func TestNoSecretIsInAnythingThatARunWrites(t *testing.T) {
 		return func(sendertest.Request) sendertest.Answer { return a }
 	}
 	broken, denied, gone := receiver(tells(500)), receiver(tells(401)), receiver(tells(410))
-	hanging, garbled := receiver(always(sendertest.Hang())), receiver(always(sendertest.Raw("HTTP/1.1 "+planted+"\r\n\r\n")))
+	hanging, waiting := receiver(always(sendertest.Hang())), receiver(always(sendertest.Hang()))
+	garbled := receiver(always(sendertest.Raw("HTTP/1.1 " + planted + "\r\n\r\n")))
 	certificate, _, err := sendertest.Certificate("127.0.0.1", time.Time{})
 	require.NoError(t, err)
 	secure := sendertest.New(t, sendertest.Config{TLS: certificate})
@@ -244,14 +245,21 @@ func TestNoSecretIsInAnythingThatARunWrites(t *testing.T) {
 		said[command+" without a database"] = out + errs
 	}
 
-	// The dump of a crash: every stack with its arguments, while attempts are in flight.
-	b.insert("last")
-	requireAtLeast(t, hanging, hanging.Count()+1)
+	// The dump of a crash: every stack with its arguments, while attempts are in flight: several, as the
+	// dump has no stack of what is running just then.
+	const attempts = 8
+	_, err = b.conn().Exec(t.Context(), "insert into walhook.endpoints (id, url, secrets, settings) values ('waiting', $1, $2, $3)",
+		waiting.URL()+"?"+planted, []string{signingSecret}, settings(object{"timeout": "30s", "auth": object{"bearer": planted}}))
+	require.NoError(t, err)
+	for i := range attempts {
+		b.insert(fmt.Sprintf("last%d", i))
+	}
+	requireAtLeast(t, waiting, attempts)
 	require.NoError(t, p.cmd.Process.Signal(syscall.SIGQUIT))
 	require.Error(t, p.cmd.Wait())
 	said["log and dump"] = p.log.String()
 	require.Contains(t, said["log and dump"], "SIGQUIT: quit")
-	require.Contains(t, said["log and dump"], "walhook/sender.(*target)")
+	require.Contains(t, said["log and dump"], "walhook/sender.(*wire).receive(")
 
 	require.Greater(t, len(said), 60)
 	needle := strings.Split(key, "\n")[1][8:40]

@@ -52,6 +52,7 @@ func TestFilters(t *testing.T) {
 		`'eu' in data.tags`:                           true,
 		`data.none == null`:                           true,
 		`data.email.matches('^[^@]+@example\\.com$')`: true,
+		`id.matches(id)`:                              true,
 		`data.tags.join('-') == 'new-eu' && data.email.replace('@', ' at ') == 'a+b at example.com'`:                                     true,
 		`'äbcäb'.indexOf('b') == 1 && 'äbcäb'.lastIndexOf('ä') == 3 && 'äbcäb'.indexOf('b', 2) == 4 && 'äbcäb'.lastIndexOf('b', 3) == 1`: true,
 		`[1, 1.0, 2, data.one].distinct() == [1, 2]`: true,
@@ -324,6 +325,7 @@ func TestBombsGoOffAtLoadOrAtOnce(t *testing.T) {
 		"a regular expression":                `data.l.all(a, data.s.matches('(a*)*(a*)*b'))`,
 		"a regular expression of a long text": `!data.s.matches('(a{1,20}){1,5}b')`,
 		"a regular expression of its own":     `!data.s.matches(data.s)`,
+		"a regular expression for all":        `data.l.all(a, !id.matches(data.s))`,
 		"a long regular expression":           `id.matches('((a{1,30}){1,15})*b')`,
 	} {
 		begin := time.Now()
@@ -332,7 +334,7 @@ func TestBombsGoOffAtLoadOrAtOnce(t *testing.T) {
 			_, err = f.Wants(event(big))
 		}
 		require.Error(t, err, name)
-		require.Less(t, time.Since(begin), 5*time.Second, name)
+		require.Less(t, time.Since(begin), time.Minute, name) // a bomb takes hours; a busy machine some seconds
 		t.Log(name, time.Since(begin).Round(time.Millisecond), err)
 	}
 	b, err := CompileBody(chain("dyn([1])", "dyn([X, X])", "X", 60))

@@ -22,6 +22,7 @@ const (
 	inside   = "@inside"   // weighed, and without a Number in it
 	elements = "@elements" // inside of a list; a map as it is, as in looks only for a key of it
 	matched  = "@matched"  // a text that a regular expression reads, at the price of that
+	pattern  = "@pattern"  // a regular expression that comes with the event, if it is short enough to be compiled
 )
 
 var guards = []cel.EnvOption{
@@ -33,6 +34,12 @@ var guards = []cel.EnvOption{
 	}),
 	guardFunction(weighed, func(v ref.Val) ref.Val { return v }),
 	guardFunction(matched, func(v ref.Val) ref.Val { return v }),
+	guardFunction(pattern, func(v ref.Val) ref.Val {
+		if text, ok := v.(types.String); ok && len(text) > maxPattern {
+			return types.NewErr("a regular expression of %d characters, where %d are allowed", len(text), maxPattern)
+		}
+		return v
+	}),
 	guardFunction(inside, within),
 	guardFunction(elements, func(v ref.Val) ref.Val {
 		if _, ok := v.(traits.Mapper); ok {
@@ -62,7 +69,7 @@ var handsOn = []string{
 	operators.NotStrictlyFalse, operators.OptSelect,
 	"optional.of", "optional.none", "or", "orValue", "value", "hasValue",
 	overloads.Size, overloads.TypeConvertDyn, overloads.TypeConvertString,
-	asNumber, weighed, inside, elements, matched,
+	asNumber, weighed, inside, elements, matched, pattern,
 }
 
 // guardFor names the guard before an argument; empty where there is none.
@@ -85,6 +92,7 @@ func guardFor(function string, arg int) string {
 		if arg == 0 {
 			return matched
 		}
+		return pattern
 	case "@sortByAssociatedKeys":
 		if arg == 0 {
 			return weighed
@@ -141,7 +149,7 @@ func mayNeed(guard string, arg ast.Expr, t *cel.Type) bool {
 			return false
 		}
 	}
-	if guard == matched {
+	if guard == matched || guard == pattern {
 		return true
 	}
 	switch t.Kind() {

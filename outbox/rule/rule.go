@@ -38,6 +38,9 @@ const (
 	// maxRegex bounds the program of a regular expression. Each of its instructions may look at each character,
 	// so that one of these reads a megabyte in a second.
 	maxRegex = 250
+	// maxPattern bounds a regular expression that comes with the event, as it is compiled for each one and
+	// maxRegex looks at the program that is made of it: a megabyte took a third of a second.
+	maxPattern = 2048
 	// regexPrice is what each character costs that a regular expression reads, before it does: the cost
 	// limit ends it after some ten thousand of them.
 	regexPrice = 4
@@ -181,7 +184,7 @@ type sizeCost struct{}
 // CallCost is asked after each call; nil leaves the price to cel-go.
 func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *uint64 {
 	switch function {
-	case asNumber:
+	case asNumber, pattern:
 		return new(uint64)
 	case weighed, inside:
 		return price(args[0])
