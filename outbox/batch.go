@@ -2,6 +2,8 @@ package outbox
 
 import (
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -145,7 +147,11 @@ func elementSize(f Format, e *Event) int64 {
 // and read again meanwhile seems new. Memory that others wait for is not held for that.
 func (l *Lane) lingers(first *item) bool {
 	linger := l.ep.Batch.Linger
-	if linger <= 0 || l.goesAlone(first) || l.relay.ledger.tight() {
+	if linger <= 0 || l.goesAlone(first) {
+		return false
+	}
+	l.relay.lingering.add(l) // before the look at memory: whoever fills it later wakes those who are on the list
+	if l.relay.ledger.tight() {
 		return false
 	}
 	now := time.Now()
@@ -161,6 +167,44 @@ func (l *Lane) lingers(first *item) bool {
 	}
 	l.wakeAt(until)
 	return true
+}
+
+// lingering are the lanes with a batch that waits for more, and some that had one.
+type lingering struct {
+	any   atomic.Bool
+	mu    sync.Mutex
+	lanes map[*Lane]bool
+}
+
+func (g *lingering) add(l *Lane) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.lanes == nil {
+		g.lanes = map[*Lane]bool{}
+	}
+	g.lanes[l] = true
+	g.any.Store(true)
+}
+
+func (g *lingering) drop(l *Lane) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.lanes, l)
+}
+
+// wake lets them look again whether they are to wait.
+func (g *lingering) wake() {
+	if !g.any.Load() {
+		return
+	}
+	g.mu.Lock()
+	lanes := g.lanes
+	g.lanes = nil
+	g.any.Store(false)
+	g.mu.Unlock()
+	for l := range lanes {
+		l.kick()
+	}
 }
 
 // attempt is the next attempt of a delivery and those that go with it.

@@ -776,6 +776,7 @@ func (l *Lane) close() {
 		return
 	}
 	l.state = closed
+	l.relay.lingering.drop(l)
 	l.clear(ReasonShutdown)
 	for _, t := range []*time.Timer{l.timer, l.bell} {
 		if t != nil {

@@ -112,6 +112,8 @@ type Relay struct {
 	aside  sync.WaitGroup            // endpoints being disabled or removed
 	paces  paces
 
+	lingering lingering
+
 	unsaved atomic.Pointer[unsaved] // why the watermark cannot be written down; nil while it can
 
 	foreign bool // the registry is another slot's; the stream's goroutine alone looks
@@ -1020,8 +1022,15 @@ func (r *Relay) Touch() {
 	r.heard.Store(&now)
 }
 
-// Room is nil while there is room for another event.
-func (r *Relay) Room() <-chan struct{} { return r.ledger.Room() }
+// Room is nil while there is room for another event, else a channel that is closed when there is. Memory that is waited
+// for is held by no batch for the sake of others that might come.
+func (r *Relay) Room() <-chan struct{} {
+	room := r.ledger.Room()
+	if room != nil {
+		r.lingering.wake()
+	}
+	return room
+}
 
 // Row maps a row and gives it to the lanes. It never waits.
 func (r *Relay) Row(row *cdc.Row) error {
