@@ -134,6 +134,7 @@ func TestFewDescriptorsAreEnoughForManyEndpoints(t *testing.T) {
 	p.log.line(t, `"level":"warn"`, "few file descriptors", `"limit":256`)
 	b.produce(1, rows, 7)
 	requireAtLeast(t, rx, endpoints*rows)
+	eventually(t, "the last one to have its answer", func() bool { return len(succeeded(rx)) >= endpoints*rows })
 	seen := map[string]int{}
 	for _, q := range succeeded(rx) {
 		seen[q.Path+" "+q.ID]++
