@@ -59,10 +59,12 @@ type span struct {
 }
 
 // minWindow is how many events are in memory at least before intake waits, startWindow how many
-// until it has shown how fast they leave.
+// until it has shown how fast they leave. With parkWindow there is a transaction of the journal's to come, whatever it is
+// writing.
 const (
 	minWindow   = 512
 	startWindow = 1024
+	parkWindow  = 2 * journalBatch
 )
 
 // NewLedger makes a Ledger for at most that many events and bytes in memory.
@@ -290,6 +292,7 @@ func (l *Ledger) Attempted(wait, took time.Duration) {
 // for nothing, and fill memory to no gain. The shortest wait decides, so one slow endpoint does not narrow the window for
 // the others. It has twice as many events as attempts were under way on average (which is, as Little's law says,
 // the time they took over the time that went by), so that receivers that are far away find the next one ready.
+// Where nothing is sent and memory is full all the same, it waits for what is being parked, and more at once costs less.
 //
 // It tells whether the machine is the limit: then whatever waits does so for the machine, and not for an endpoint.
 func (l *Ledger) Adapt(target time.Duration, now time.Time) (strained bool) {
@@ -299,12 +302,12 @@ func (l *Ledger) Adapt(target time.Duration, now time.Time) (strained bool) {
 	if gone > 0 {
 		least = max(least, 2*busy/int64(gone))
 	}
-	switch w := time.Duration(l.wait.Swap(-1)); {
-	case w < 0:
+	w := time.Duration(l.wait.Swap(-1))
+	switch parking := w < 0 && l.full.Load() && l.window.Load() < parkWindow; {
 	case w > target/100:
 		strained = true
 		l.window.Store(min(l.maxEvents, max(least, l.window.Load()*3/4)))
-	case w < target/200:
+	case parking, w >= 0 && w < target/200:
 		l.window.Store(min(l.maxEvents, max(least, l.window.Load()*5/4+64)))
 		l.wake()
 	}

@@ -229,4 +229,16 @@ func TestTheWindowFollowsTheMachine(t *testing.T) {
 		adapt()
 	}
 	require.EqualValues(t, 3000, l.window.Load())
+	for range 50 {
+		adapt()
+	}
+	require.EqualValues(t, 3000, l.window.Load(), "nothing was sent")
+	for range 50 { // nor is it, as all of it is being parked
+		for l.Room() == nil {
+			l.Hold(&Event{}, 1)
+		}
+		adapt()
+	}
+	require.Greater(t, l.window.Load(), int64(parkWindow))
+	require.Less(t, l.window.Load(), int64(parkWindow*3/2))
 }
