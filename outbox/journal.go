@@ -17,7 +17,7 @@ const (
 	// A transaction of few changes costs Postgres as much as one of many. So one that follows the one before it
 	// within journalPause waits so long for more, unless that many are there.
 	journalPause = 50 * time.Millisecond
-	journalMany  = 200
+	journalMany  = 500
 )
 
 // journal writes changes to the store in batches: whatever gathered while the last commit was

@@ -247,3 +247,29 @@ func (o *observations) span() time.Duration { return time.Duration(o.End - o.Beg
 
 // rate is deliveries in a second.
 func (o *observations) rate() float64 { return perSecond(int(o.Distinct-1), o.span()) }
+
+// latencies are those from the commit to the receipt in each step of the run, sorted.
+func (o *observations) latencies(step time.Duration) (steps [][]int64) {
+	for i, at := range o.At {
+		n := int((at - o.Begin) / int64(step))
+		for len(steps) <= n {
+			steps = append(steps, nil)
+		}
+		steps[n] = append(steps[n], o.FromCommit[i])
+	}
+	for _, all := range steps {
+		slices.Sort(all)
+	}
+	return steps
+}
+
+// usualP99 is the median, in milliseconds, of the p99 of each second: a machine that stands still once in a run is in one of them.
+func (o *observations) usualP99() float64 {
+	var each []float64
+	for _, all := range o.latencies(time.Second) {
+		if p99, ok := percentile(all, 0.99); ok {
+			each = append(each, float64(p99)/1e6)
+		}
+	}
+	return median(each)
+}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"html"
 	"math"
-	"slices"
 	"strconv"
 	"time"
 )
@@ -54,14 +53,7 @@ func ratePlot(file, title string, curves ...curve) Plot {
 // latencyPlot shows percentiles of each half second.
 func latencyPlot(file, title string, seen *observations) Plot {
 	const step = 500 * time.Millisecond
-	var buckets [][]int64
-	for i, at := range seen.At {
-		n := int((at - seen.Begin) / int64(step))
-		for len(buckets) <= n {
-			buckets = append(buckets, nil)
-		}
-		buckets[n] = append(buckets[n], seen.FromCommit[i])
-	}
+	buckets := seen.latencies(step)
 	p := Plot{File: file, Title: title, Unit: "ms"}
 	for _, line := range []struct {
 		name string
@@ -69,7 +61,6 @@ func latencyPlot(file, title string, seen *observations) Plot {
 	}{{"p50", 0.5}, {"p99", 0.99}, {"max", 1}} {
 		s := Series{Name: line.name}
 		for i, all := range buckets {
-			slices.Sort(all)
 			if v, ok := percentile(all, line.q); ok {
 				s.X = append(s.X, (time.Duration(i)*step + step/2).Seconds())
 				s.Y = append(s.Y, milliseconds(time.Duration(v)))
