@@ -95,7 +95,7 @@ func (l *Lane) gather() (batch []*item, full bool) {
 		}
 		return !full
 	}
-	for _, it := range l.ready.items[l.ready.head:] {
+	for _, it := range l.ready.rest() {
 		if it.state != waiting {
 			continue
 		}

@@ -31,12 +31,12 @@ type crew struct {
 	run     func(job, *hand)
 	starved func() bool // more goroutines could run than there are processors for
 
-	mu     sync.Mutex // guards what follows
-	alone  []job      // that wait for somebody, each its lane's only one
-	queue  []job      // the others
-	rest   []*hand    // those who wait for a job
-	quick  int        // attempts of late that have not ended
-	late   []stint    // the beginnings of late, in the order of their look; some have ended
+	mu     sync.Mutex  // guards what follows
+	alone  line[job]   // that wait for somebody, each its lane's only one
+	queue  line[job]   // the others
+	rest   []*hand     // those who wait for a job
+	quick  int         // attempts of late that have not ended
+	late   line[stint] // the beginnings of late, in the order of their look; some have ended
 	timer  *time.Timer
 	closed bool
 }
@@ -89,9 +89,9 @@ func (c *crew) do(j job) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if j.alone {
-		c.alone = append(c.alone, j)
+		c.alone.push(j)
 	} else {
-		c.queue = append(c.queue, j)
+		c.queue.push(j)
 	}
 	c.look(time.Now())
 }
@@ -111,7 +111,7 @@ func (c *crew) look(now time.Time) {
 	if !c.waiting() || c.timer != nil {
 		return
 	}
-	c.timer = time.AfterFunc(c.late[0].look.Sub(now), func() {
+	c.timer = time.AfterFunc(c.late.first().look.Sub(now), func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.timer = nil
@@ -119,21 +119,21 @@ func (c *crew) look(now time.Time) {
 	})
 }
 
-func (c *crew) waiting() bool { return len(c.alone) > 0 || len(c.queue) > 0 }
+func (c *crew) waiting() bool { return c.alone.len() > 0 || c.queue.len() > 0 }
 
 // mayBegin tells whether fewer attempts than most are of late.
 func (c *crew) mayBegin(now time.Time) bool {
-	for len(c.late) > 0 {
-		s := c.late[0]
+	for c.late.len() > 0 {
+		s := c.late.first()
 		if s.turn == s.hand.turn && now.Before(s.look) {
 			break
 		}
-		c.late = c.late[1:]
+		c.late.pop()
 		switch {
 		case s.turn != s.hand.turn:
 		case now.Sub(s.began) < lineAttempt && (s.hand.inLine.Load() || c.starved()):
 			s.look = now.Add(quickAttempt)
-			c.late = append(c.late, s)
+			c.late.push(s)
 		default:
 			s.hand.slow = true
 			c.quick--
@@ -145,16 +145,14 @@ func (c *crew) mayBegin(now time.Time) bool {
 // begin takes the next job for a hand.
 func (c *crew) begin(h *hand, now time.Time) job {
 	from := &c.alone
-	if len(c.alone) == 0 {
+	if from.len() == 0 {
 		from = &c.queue
 	}
-	j := (*from)[0]
-	(*from)[0] = job{}
-	*from = (*from)[1:]
+	j := from.pop()
 	h.turn++
 	h.slow = false
 	c.quick++
-	c.late = append(c.late, stint{h, h.turn, now, now.Add(quickAttempt)})
+	c.late.push(stint{h, h.turn, now, now.Add(quickAttempt)})
 	return j
 }
 

@@ -52,7 +52,7 @@ func TestQuickAttemptsTakeTurns(t *testing.T) {
 		synctest.Wait()
 		require.EqualValues(t, 3*c.most, c.ended.Load())
 		require.Len(t, c.rest, min(c.most, mostAtRest))
-		require.Empty(t, c.queue)
+		require.Zero(t, c.queue.len())
 		require.Zero(t, c.quick)
 	})
 }

@@ -175,7 +175,7 @@ type ghost struct {
 func newLane(r *Relay, ep *Endpoint) *Lane {
 	l := &Lane{
 		relay: r, id: ep.ID, ep: ep,
-		log:    r.log.Named("lane").With(zap.String("endpoint", ep.ID)),
+		log:    r.log.Named("lane").WithLazy(zap.String("endpoint", ep.ID)), // most write nothing, and it keeps a kilobyte
 		m:      r.metrics.lane(ep.ID),
 		limit:  ep.Concurrency,
 		queues: map[string]*queue{},
@@ -903,7 +903,8 @@ func (l *Lane) clear(why Reason) {
 		l.unload(it, why)
 		it = next
 	}
-	for it := l.ready.pop(); it != nil; it = l.ready.pop() {
+	for l.ready.len() > 0 {
+		it := l.ready.pop()
 		l.unload(it, why)
 	}
 	l.keys = nil
@@ -1362,52 +1363,59 @@ func (l *itemList) remove(it *item) {
 	it.prev, it.next = nil, nil
 }
 
-// fifo is a queue of items.
-type fifo struct {
-	items []*item
-	head  int
-}
-
-func (f *fifo) len() int { return len(f.items) - f.head }
-
-func (f *fifo) push(it *item) { f.items = append(f.items, it) }
+// fifo are the items that are ready, and some that no longer are.
+type fifo struct{ line[*item] }
 
 // peek is the first that waits, which pop is to return; nil where there is none.
 func (f *fifo) peek() *item {
-	for f.head < len(f.items) && f.items[f.head].state != waiting {
+	for f.len() > 0 {
+		if it := f.first(); it.state == waiting {
+			return it
+		}
 		f.pop()
 	}
-	if f.head == len(f.items) {
-		return nil
-	}
-	return f.items[f.head]
+	return nil
 }
 
-func (f *fifo) pop() *item {
-	if f.head == len(f.items) {
-		return nil
-	}
-	it := f.items[f.head]
-	f.items[f.head] = nil
-	f.head++
+// line is a queue that allocates nothing while it gets no longer.
+type line[T any] struct {
+	all  []T
+	head int
+}
+
+func (q *line[T]) len() int { return len(q.all) - q.head }
+
+func (q *line[T]) push(v T) { q.all = append(q.all, v) }
+
+func (q *line[T]) rest() []T { return q.all[q.head:] }
+
+// first and pop are of a line with somebody in it.
+func (q *line[T]) first() T { return q.all[q.head] }
+
+func (q *line[T]) pop() T {
+	var none T
+	v := q.all[q.head]
+	q.all[q.head] = none
+	q.head++
 	switch {
-	case f.head == len(f.items):
-		f.items, f.head = f.items[:0], 0
-	case f.head > 1024 && f.head > len(f.items)/2:
-		f.items = append(f.items[:0], f.items[f.head:]...)
-		f.head = 0
+	case q.head == len(q.all):
+		q.all, q.head = q.all[:0], 0
+	case q.head > 1024 && q.head > len(q.all)/2:
+		n := copy(q.all, q.all[q.head:])
+		clear(q.all[n:])
+		q.all, q.head = q.all[:n], 0
 	}
-	return it
+	return v
 }
 
-// unpop puts an item in front.
-func (f *fifo) unpop(it *item) {
-	if f.head > 0 {
-		f.head--
-		f.items[f.head] = it
+// unpop puts somebody in front.
+func (q *line[T]) unpop(v T) {
+	if q.head > 0 {
+		q.head--
+		q.all[q.head] = v
 		return
 	}
-	f.items = slices.Insert(f.items, 0, it)
+	q.all = slices.Insert(q.all, 0, v)
 }
 
 // positions are those of rows on their way to the store. They are told of in the order in which

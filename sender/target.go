@@ -339,17 +339,26 @@ func validHeaderValue[T string | []byte](s T) bool {
 	return true
 }
 
+// plainTLS are the settings of the many endpoints that say nothing else of TLS, by their min_version. They are cloned where
+// they are used.
+var plainTLS = map[string]*tls.Config{
+	"":    {MinVersion: tls.VersionTLS12},
+	"1.2": {MinVersion: tls.VersionTLS12},
+	"1.3": {MinVersion: tls.VersionTLS13},
+}
+
 // parseTLS reads the endpoint's TLS settings. It reads no file: what an endpoint says may be a
 // stranger's word, and who knows better has read its files before.
 func parseTLS(e *outbox.Endpoint) (cfg *tls.Config, errs []error) {
-	cfg = &tls.Config{}
-	switch e.TLS.MinVersion {
-	case "", "1.2":
-		cfg.MinVersion = tls.VersionTLS12
-	case "1.3":
-		cfg.MinVersion = tls.VersionTLS13
-	default:
+	cfg, known := plainTLS[e.TLS.MinVersion]
+	switch {
+	case !known:
 		errs = append(errs, fmt.Errorf(`tls.min_version: %q is not one of "1.2", "1.3"`, e.TLS.MinVersion))
+		cfg = &tls.Config{}
+	case e.TLS.CA == "" && e.Auth.MTLS == nil:
+		return cfg, nil
+	default:
+		cfg = cfg.Clone()
 	}
 	switch {
 	case e.TLS.CA == "":
