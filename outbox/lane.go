@@ -84,6 +84,7 @@ type item struct {
 type queue struct {
 	key     string
 	items   []*item
+	room    [1]*item     // of items, where there is one: as of most keys
 	blocked bool         // rows of this key are stored that are not in items
 	due     time.Time    // blocked: when the first of them may be tried; zero follows items
 	after   cdc.Position // blocked: rows up to here are in items or done
@@ -304,6 +305,7 @@ func (l *Lane) queue(key string) *queue {
 	q := l.queues[key]
 	if q == nil {
 		q = &queue{key: key}
+		q.items = q.room[:0]
 		l.queues[key] = q
 	}
 	return q

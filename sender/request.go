@@ -174,6 +174,24 @@ func (m *message) request(ctx context.Context, t *target) *http.Request {
 	return req
 }
 
+// latestSecond is the text that thousands of attempts of a second share.
+var latestSecond atomic.Pointer[second]
+
+type second struct {
+	unix int64
+	text string
+}
+
+// unixText is a time in seconds since 1970, as text.
+func unixText(at time.Time) string {
+	s := latestSecond.Load()
+	if unix := at.Unix(); s == nil || s.unix != unix {
+		s = &second{unix, strconv.FormatInt(unix, 10)}
+		latestSecond.Store(s)
+	}
+	return s.text
+}
+
 // write renders the attempt; together is its batch, nil where it has none.
 func (t *target) write(m *message, a outbox.Attempt, together *batch, now time.Time) *unsendable {
 	id, parent := a.Event.ID, a.Event.Headers
@@ -194,7 +212,7 @@ func (t *target) write(m *message, a outbox.Attempt, together *batch, now time.T
 	}
 	m.method, m.url = t.base.Method, t.base.URL
 
-	timestamp := strconv.FormatInt(now.Unix(), 10)
+	timestamp := unixText(now)
 	m.fields = append(m.fields, t.fields...)
 	m.add("Content-Type", contentType)
 	m.add(headerID, id)
