@@ -203,7 +203,7 @@ func (g *lingering) wake() {
 	g.any.Store(false)
 	g.mu.Unlock()
 	for l := range lanes {
-		l.kick()
+		l.look()
 	}
 }
 

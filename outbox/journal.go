@@ -27,10 +27,12 @@ const (
 type journal struct {
 	store Store
 	log   *zap.Logger
-	many  int // changes that do not wait for more
+	many  int   // changes that do not wait for more
+	much  int64 // bytes of content that do not
 
 	mu      sync.Mutex // guards what follows
 	queue   []*entry
+	size    int64                  // of the events that are new in queue
 	byKey   map[deliveryKey]*entry // those of queue: not yet in a transaction
 	writing int                    // entries in the transaction under way
 	failed  error                  // of the latest write; nil once one succeeded
@@ -47,14 +49,16 @@ type deliveryKey struct{ endpoint, event string }
 // those of the older changes whose place it took, before it.
 type entry struct {
 	change Change
+	size   int64 // of the event, where it is to be written too
 	older  []func()
 	done   func()
 }
 
-// newJournal makes a journal for a buffer of so many events. A full one waits for commits, so many changes are fewer in a small one.
-func newJournal(store Store, log *zap.Logger, events int) *journal {
+// newJournal makes a journal for a buffer of so many events and bytes. A full one waits for commits, so many changes are fewer
+// in a small one.
+func newJournal(store Store, log *zap.Logger, events int, bytes int64) *journal {
 	return &journal{
-		store: store, log: log.Named("journal"), many: max(1, min(journalMany, events/4)),
+		store: store, log: log.Named("journal"), many: max(1, min(journalMany, events/4)), much: bytes / 4,
 		byKey:  map[deliveryKey]*entry{},
 		signal: make(chan struct{}, 1),
 	}
@@ -77,8 +81,12 @@ func (j *journal) put(c Change, done func()) {
 		return
 	}
 	e := &entry{change: c, done: done}
+	if c.Insert {
+		e.size = c.Event.Size()
+	}
 	j.byKey[k] = e
 	j.queue = append(j.queue, e)
+	j.size += e.size
 	j.tell()
 }
 
@@ -139,10 +147,11 @@ func (j *journal) gather(ctx context.Context, began time.Time) bool {
 	var over <-chan time.Time
 	for {
 		j.mu.Lock()
-		queued, awaited := len(j.queue), j.urgent || j.idle != nil
+		queued := len(j.queue)
+		enough := queued >= j.many || j.size >= j.much || j.urgent || j.idle != nil
 		j.mu.Unlock()
 		if queued > 0 {
-			if queued >= j.many || awaited || time.Since(began) >= journalPause {
+			if enough || time.Since(began) >= journalPause {
 				return true
 			}
 			if pause == nil {
@@ -182,13 +191,14 @@ func (j *journal) take() []*entry {
 	defer j.mu.Unlock()
 	n, size := 0, int64(0)
 	for n < len(j.queue) && n < journalBatch {
-		if c := &j.queue[n].change; c.Insert {
-			if size += c.Event.Size(); n > 0 && size > journalBatchBytes {
-				break
-			}
+		more := j.queue[n].size
+		if n > 0 && size+more > journalBatchBytes {
+			break
 		}
+		size += more
 		n++
 	}
+	j.size -= size
 	batch := j.queue[:n:n]
 	if j.queue = j.queue[n:]; len(j.queue) == 0 {
 		j.queue, j.urgent = nil, false

@@ -45,7 +45,7 @@ type scribe struct {
 
 // keep runs a journal in a bubble.
 func keep(t *testing.T, b *book) *scribe {
-	s := &scribe{journal: newJournal(b, zap.NewNop(), 10*journalMany), book: b, done: make(chan error, 1)}
+	s := &scribe{journal: newJournal(b, zap.NewNop(), 10*journalMany, 1<<30), book: b, done: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(t.Context())
 	s.stop = cancel
 	go func() { s.done <- s.run(ctx) }()
@@ -132,6 +132,14 @@ func TestFewChangesWaitForMoreAMoment(t *testing.T) {
 		require.NoError(t, s.flush(t.Context()))
 		require.Equal(t, 2*time.Millisecond, time.Since(began), "somebody waits")
 		require.Len(t, s.book.writes[1], 2)
+
+		s.much = 1000
+		s.note(inserted("g", StateParked), "g")
+		large := inserted("h", StateParked)
+		large.Event = &Event{ID: "h", Data: make([]byte, 1000)}
+		s.note(large, "h")
+		written(7, time.Since(began)+time.Millisecond, "they are large")
+		require.Zero(t, s.size)
 	})
 }
 

@@ -84,7 +84,6 @@ type item struct {
 type queue struct {
 	key     string
 	items   []*item
-	room    [1]*item     // of items, where there is one: as of most keys
 	blocked bool         // rows of this key are stored that are not in items
 	due     time.Time    // blocked: when the first of them may be tried; zero follows items
 	after   cdc.Position // blocked: rows up to here are in items or done
@@ -305,7 +304,6 @@ func (l *Lane) queue(key string) *queue {
 	q := l.queues[key]
 	if q == nil {
 		q = &queue{key: key}
-		q.items = q.room[:0]
 		l.queues[key] = q
 	}
 	return q
@@ -444,7 +442,7 @@ func (l *Lane) forget(it *item) {
 	} else {
 		l.relay.ledger.Release(it.span, it.event)
 	}
-	it.event = nil
+	it.event, it.span = nil, nil // nothing more is owed for it, and who still points to it must keep neither
 }
 
 // mayWork tells whether sending and loading are allowed at all now.
@@ -463,6 +461,13 @@ func (l *Lane) kick() {
 	}
 	l.dispatch()
 	l.arm()
+}
+
+// look lets the lane see whether anything may go now.
+func (l *Lane) look() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.dispatch()
 }
 
 // dispatch starts as many attempts as may be in flight, and loads more where memory runs low.
@@ -1379,6 +1384,9 @@ func (f *fifo) peek() *item {
 	return nil
 }
 
+// maxIdleLine is for how many an empty line keeps its memory.
+const maxIdleLine = 16 << 10
+
 // line is a queue that allocates nothing while it gets no longer.
 type line[T any] struct {
 	all  []T
@@ -1401,7 +1409,9 @@ func (q *line[T]) pop() T {
 	q.head++
 	switch {
 	case q.head == len(q.all):
-		q.all, q.head = q.all[:0], 0
+		if q.all, q.head = q.all[:0], 0; cap(q.all) > maxIdleLine {
+			q.all = nil
+		}
 	case q.head > 1024 && q.head > len(q.all)/2:
 		n := copy(q.all, q.all[q.head:])
 		clear(q.all[n:])

@@ -148,7 +148,7 @@ func (l *Ledger) Settle(s *span) {
 		if l.head = h.next; l.head == nil {
 			l.tail = nil
 		} else {
-			l.head.prev = nil
+			l.head.prev, h.next = nil, nil // or one that somebody still points to would keep all that came after it
 		}
 	}
 }
@@ -292,7 +292,8 @@ func (l *Ledger) Attempted(wait, took time.Duration) {
 // for nothing, and fill memory to no gain. The shortest wait decides, so one slow endpoint does not narrow the window for
 // the others. It has twice as many events as attempts were under way on average (which is, as Little's law says,
 // the time they took over the time that went by), so that receivers that are far away find the next one ready.
-// Where nothing is sent and memory is full all the same, it waits for what is being parked, and more at once costs less.
+// Where no attempt ended since the last call and memory is full all the same, it waits for what is being parked, and more
+// of that at once costs less: so up to parkWindow.
 //
 // It tells whether the machine is the limit: then whatever waits does so for the machine, and not for an endpoint.
 func (l *Ledger) Adapt(target time.Duration, now time.Time) (strained bool) {

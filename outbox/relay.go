@@ -161,7 +161,7 @@ func New(cfg Config) (*Relay, error) {
 		told:     map[string]bool{},
 		counts:   make(chan struct{}, 1),
 	}
-	r.journal = newJournal(cfg.Store, r.log, cfg.MaxEvents)
+	r.journal = newJournal(cfg.Store, r.log, cfg.MaxEvents, cfg.MaxBytes)
 	r.herald = &herald{emit: cfg.Claims.Emit, log: r.log, signal: make(chan struct{}, 1)}
 	r.eager.Store(reg.own > 0)
 	for _, ep := range cfg.Endpoints {

@@ -251,7 +251,7 @@ func (o *observations) rate() float64 { return perSecond(int(o.Distinct-1), o.sp
 // latencies are those from the commit to the receipt in each step of the run, sorted.
 func (o *observations) latencies(step time.Duration) (steps [][]int64) {
 	for i, at := range o.At {
-		n := int((at - o.Begin) / int64(step))
+		n := max(0, int((at-o.Begin)/int64(step))) // the clock may be set back
 		for len(steps) <= n {
 			steps = append(steps, nil)
 		}

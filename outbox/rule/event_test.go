@@ -300,7 +300,7 @@ func TestBombsGoOffAtLoadOrAtOnce(t *testing.T) {
 		}
 		return "cel.bind(x0, " + seed + ", " + src + ")"
 	}
-	big := `{"s":"` + strings.Repeat("a", 1<<20) + `","sb":"` + strings.Repeat("a", 1<<19) + `b","l":[` + strings.Repeat("1,", 200_000) + `1]}`
+	big := `{"p":"` + strings.Repeat("(a*){1000}", 200) + `","s":"` + strings.Repeat("a", 1<<20) + `","sb":"` + strings.Repeat("a", 1<<19) + `b","l":[` + strings.Repeat("1,", 200_000) + `1]}`
 	for name, src := range map[string]string{
 		"lists in lists, compared":            chain("dyn([1])", "dyn([X, X])", "X == X", 40),
 		"maps in maps, compared":              chain("dyn({'a': 1})", "dyn({'a': X, 'b': X})", "X != X", 40),
@@ -326,6 +326,8 @@ func TestBombsGoOffAtLoadOrAtOnce(t *testing.T) {
 		"a regular expression of a long text": `!data.s.matches('(a{1,20}){1,5}b')`,
 		"a regular expression of its own":     `!data.s.matches(data.s)`,
 		"a regular expression for all":        `data.l.all(a, !id.matches(data.s))`,
+		"regular expressions that grow":       `data.l.all(a, !id.matches(data.p))`,
+		"a regular expression that is made":   chain(`'(a{30}){30}'`, "X + ''", "lists.range(30000).all(a, !id.matches(X))", 3),
 		"a long regular expression":           `id.matches('((a{1,30}){1,15})*b')`,
 	} {
 		begin := time.Now()

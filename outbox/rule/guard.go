@@ -22,7 +22,7 @@ const (
 	inside   = "@inside"   // weighed, and without a Number in it
 	elements = "@elements" // inside of a list; a map as it is, as in looks only for a key of it
 	matched  = "@matched"  // a text that a regular expression reads, at the price of that
-	pattern  = "@pattern"  // a regular expression that comes with the event, if it is short enough to be compiled
+	pattern  = "@pattern"  // a regular expression that is to be compiled, at the price of that, if it is short enough
 )
 
 var guards = []cel.EnvOption{
@@ -36,7 +36,7 @@ var guards = []cel.EnvOption{
 	guardFunction(matched, func(v ref.Val) ref.Val { return v }),
 	guardFunction(pattern, func(v ref.Val) ref.Val {
 		if text, ok := v.(types.String); ok && len(text) > maxPattern {
-			return types.NewErr("a regular expression of %d characters, where %d are allowed", len(text), maxPattern)
+			return types.NewErr("a regular expression of %d bytes, where %d are allowed", len(text), maxPattern)
 		}
 		return v
 	}),

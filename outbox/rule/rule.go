@@ -1,6 +1,7 @@
 package rule
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -38,8 +39,8 @@ const (
 	// maxRegex bounds the program of a regular expression. Each of its instructions may look at each character,
 	// so that one of these reads a megabyte in a second.
 	maxRegex = 250
-	// maxPattern bounds a regular expression that comes with the event, as it is compiled for each one and
-	// maxRegex looks at the program that is made of it: a megabyte took a third of a second.
+	// maxPattern bounds a regular expression that is no literal, in bytes. It is compiled for each event, and maxRegex
+	// looks at the program that comes of it: a megabyte took a third of a second.
 	maxPattern = 2048
 	// regexPrice is what each character costs that a regular expression reads, before it does: the cost
 	// limit ends it after some ten thousand of them.
@@ -184,8 +185,12 @@ type sizeCost struct{}
 // CallCost is asked after each call; nil leaves the price to cel-go.
 func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *uint64 {
 	switch function {
-	case asNumber, pattern:
+	case asNumber:
 		return new(uint64)
+	case pattern:
+		text, _ := args[0].(types.String)
+		p := regexSize(string(text))
+		return &p
 	case weighed, inside:
 		return price(args[0])
 	case matched:
@@ -219,6 +224,20 @@ func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *
 	}
 	price := 1 + text/10 + elements
 	return &price
+}
+
+// regexSize is about how many instructions a regular expression is compiled to, or more: its length, times what its counts
+// multiply each other to, as a{30}{30} does, and package regexp allows a thousand of.
+func regexSize(pattern string) uint64 {
+	const most = 1000
+	times := 1
+	for part := range strings.SplitSeq(pattern, "{") {
+		counts, _, _ := strings.Cut(part, "}")
+		least, greatest, _ := strings.Cut(counts, ",")
+		n, _ := strconv.Atoi(cmp.Or(greatest, least))
+		times = min(most, times*max(1, n))
+	}
+	return uint64(len(pattern) * times)
 }
 
 // unpriced are overloads that cel-go has no price for.
