@@ -90,3 +90,23 @@ func TestAStandbyIsReadyWhileTheServerAnswers(t *testing.T) {
 		require.Equal(t, c.want, standsAlone(c.st) == "")
 	}
 }
+
+// An older program in front of a schema that a newer one has migrated, as after a rollback.
+func TestANewerSchemaIsCalledThat(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	rx := newReceiver(t)
+	config := b.config(endpoint("billing", rx, ""))
+	start(t, config).streaming().stop()
+	b.exec("insert into walhook.schema_migrations (version) values (999)")
+	b.produce(1, 10, 2)
+	p := start(t, config)
+	p.log.line(t, `"level":"error"`, "waiting: the schema walhook is newer than this program: it is at version 999", remedyNewerSchema)
+	ready, h := p.readyz()
+	require.False(t, ready)
+	require.Contains(t, h.Reason, "the schema walhook is newer than this program")
+	require.Zero(t, rx.Count())
+
+	b.exec("delete from walhook.schema_migrations where version = 999")
+	requireAll(t, rx, 10)
+}

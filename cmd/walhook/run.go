@@ -392,6 +392,8 @@ func (p *pipeline) run(ctx context.Context) error {
 	return err
 }
 
+const remedyNewerSchema = "run the newer walhook that migrated it"
+
 // prepare migrates the schema walhook, waiting for whatever can be mended outside. It tells
 // false where ctx ended first.
 func (p *pipeline) prepare(ctx context.Context) bool {
@@ -399,6 +401,9 @@ func (p *pipeline) prepare(ctx context.Context) bool {
 	said := ""
 	for {
 		err := p.store.Migrate(ctx)
+		if errors.Is(err, store.ErrNewerSchema) {
+			err = &cdc.Fault{State: cdc.Waiting, Reason: err.Error(), Remedy: remedyNewerSchema}
+		}
 		p.mu.Lock()
 		p.preparing = err
 		p.mu.Unlock()

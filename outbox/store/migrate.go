@@ -82,10 +82,10 @@ func (s *Store) Migrate(ctx context.Context) error {
 	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		return s.migrate(ctx, tx)
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrNewerSchema) {
 		return fmt.Errorf("migrate schema walhook: %w", err)
 	}
-	return nil
+	return err
 }
 
 func (s *Store) migrate(ctx context.Context, tx pgx.Tx) error {
@@ -103,7 +103,7 @@ func (s *Store) migrate(ctx context.Context, tx pgx.Tx) error {
 		}
 	}
 	if at > len(texts) {
-		return fmt.Errorf("it is at version %d, this program at %d: %w", at, len(texts), ErrNewerSchema)
+		return fmt.Errorf("%w: it is at version %d, this program at %d", ErrNewerSchema, at, len(texts))
 	}
 	if at == len(texts) {
 		return nil

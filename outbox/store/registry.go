@@ -281,6 +281,7 @@ func (s *Store) Drop(ctx context.Context, endpointID string, before cdc.Position
 		}
 		var n int64
 		steps := removeSteps(gone, func(t pgconn.CommandTag) { n += t.RowsAffected() })
+		steps[0].begin = func() { n = 0 } // it may be begun again, after a deadlock
 		if err := s.held(ctx, steps...); err != nil {
 			return total, fmt.Errorf("discard deliveries: %w", err)
 		}
