@@ -235,6 +235,7 @@ func TestEachEndpointHasItsOwnDelivery(t *testing.T) {
 		w.commit("1:k", "2:k")
 		pass(time.Millisecond)
 		require.Equal(t, []string{"1", "2"}, w.arrived("a"))
+		pass(60 * time.Millisecond) // small writes wait for each other
 		require.Equal(t, []string{"1:parked", "2:parked"}, w.stored("b"))
 	}, endpoint("a"), endpoint("b"))
 }
