@@ -911,8 +911,7 @@ func (l *Lane) clear(why Reason) {
 		it = next
 	}
 	for l.ready.len() > 0 {
-		it := l.ready.pop()
-		l.unload(it, why)
+		l.unload(l.ready.pop(), why)
 	}
 	l.keys = nil
 	for _, q := range l.queues {

@@ -268,7 +268,7 @@ func (o *observations) usualP99() float64 {
 	var each []float64
 	for _, all := range o.latencies(time.Second) {
 		if p99, ok := percentile(all, 0.99); ok {
-			each = append(each, float64(p99)/1e6)
+			each = append(each, milliseconds(time.Duration(p99)))
 		}
 	}
 	return median(each)

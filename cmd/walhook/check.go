@@ -435,7 +435,7 @@ func checkSchema(sc *cdc.Schema) []result {
 		}
 		return bad("role "+sc.Role+" may not use "+what, "as the owner of the schema:\n"+store.GrantSQL(sc.Role))
 	case sc.Version > now:
-		return bad(fmt.Sprintf("%s: it is at version %d, this program at %d", store.ErrNewerSchema, sc.Version, now), remedyNewerSchema)
+		return bad(store.Newer(sc.Version).Error(), remedyNewerSchema)
 	case sc.Version < now && !sc.Owned && !(sc.Version == 0 && sc.Create):
 		return bad(fmt.Sprintf("schema walhook is at version %d, this program needs %d, and role %s may not migrate it", sc.Version, now, sc.Role), initApply)
 	case sc.Version < now:

@@ -349,6 +349,15 @@ func TestBombsGoOffAtLoadOrAtOnce(t *testing.T) {
 	require.ErrorIs(t, err, ErrTooLong)
 }
 
+func TestARegularExpressionIsPricedByWhatItIsCompiledTo(t *testing.T) {
+	for pattern, size := range map[string]uint64{
+		"": 0, "404": 3, "12}": 3, "a{3}b{2,5}": 10 * 15, "a{2,}": 5 * 2, "(a{30}){30}": 11 * 900, "(a{90}){90}": 11 * 1000,
+		"a{99999999999999999999}{4}": 26 * 1000, "a{-3}": 5, "{": 1,
+	} {
+		require.Equal(t, size, regexSize(pattern), pattern)
+	}
+}
+
 func FuzzEventRules(f *testing.F) {
 	for _, s := range []string{`data.amount > 1`, `{'a': data}`, `'/' + id`, `data.items.map(i, i.price)`, `{'a': [1, {'b': null}]}`} {
 		f.Add(s, order)

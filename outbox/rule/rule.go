@@ -231,11 +231,11 @@ func (sizeCost) CallCost(function, overload string, args []ref.Val, _ ref.Val) *
 func regexSize(pattern string) uint64 {
 	const most = 1000
 	times := 1
-	for part := range strings.SplitSeq(pattern, "{") {
+	for _, part := range strings.Split(pattern, "{")[1:] {
 		counts, _, _ := strings.Cut(part, "}")
 		least, greatest, _ := strings.Cut(counts, ",")
 		n, _ := strconv.Atoi(cmp.Or(greatest, least))
-		times = min(most, times*max(1, n))
+		times = min(most, times*min(most, max(1, n)))
 	}
 	return uint64(len(pattern) * times)
 }

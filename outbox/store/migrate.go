@@ -16,6 +16,11 @@ import (
 // ErrNewerSchema is what Migrate answers where a newer walhook has migrated the schema.
 var ErrNewerSchema = errors.New("the schema walhook is newer than this program")
 
+// Newer is an ErrNewerSchema that tells the versions.
+func Newer(version int) error {
+	return fmt.Errorf("%w: it is at version %d, this program at %d", ErrNewerSchema, version, SchemaVersion())
+}
+
 // migrateTimeout is for the statements and for another instance that migrates first.
 const migrateTimeout = 5 * time.Minute
 
@@ -103,7 +108,7 @@ func (s *Store) migrate(ctx context.Context, tx pgx.Tx) error {
 		}
 	}
 	if at > len(texts) {
-		return fmt.Errorf("%w: it is at version %d, this program at %d", ErrNewerSchema, at, len(texts))
+		return Newer(at)
 	}
 	if at == len(texts) {
 		return nil
