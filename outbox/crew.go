@@ -39,6 +39,10 @@ type crew struct {
 	late   line[stint] // the beginnings of late, in the order of their look; some have ended
 	timer  *time.Timer
 	closed bool
+	lull   chan struct{} // closed when nothing is under way or waits; nil while nobody waits for that
+
+	handing atomic.Bool // an event is being given to its lanes
+	wanted  atomic.Bool // lull is not nil
 }
 
 // job is an attempt that was taken from its lane, with the settings it was taken with, and whatever the lane has ready when
@@ -123,6 +127,12 @@ func (c *crew) waiting() bool { return c.alone.len() > 0 || c.queue.len() > 0 }
 
 // mayBegin tells whether fewer attempts than most are of late.
 func (c *crew) mayBegin(now time.Time) bool {
+	c.sift(now)
+	return c.quick < c.most
+}
+
+// sift finds out which attempts are none of late any more.
+func (c *crew) sift(now time.Time) {
 	for c.late.len() > 0 {
 		s := c.late.first()
 		if s.turn == s.hand.turn && now.Before(s.look) {
@@ -139,7 +149,6 @@ func (c *crew) mayBegin(now time.Time) bool {
 			c.quick--
 		}
 	}
-	return c.quick < c.most
 }
 
 // begin takes the next job for a hand.
@@ -186,7 +195,43 @@ func (c *crew) next(h *hand) (j job, more bool) {
 	default:
 		c.rest = append(c.rest, h)
 	}
+	c.calm(now)
 	return job{}, false
+}
+
+// nextLull is closed when next all attempts of late have ended, and no event is being given to its lanes: where events come
+// now and then, that is the best moment for what is in no hurry.
+func (c *crew) nextLull() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lull == nil {
+		c.lull = make(chan struct{})
+		c.wanted.Store(true)
+	}
+	return c.lull
+}
+
+// calm tells who waits for a lull, if this is one. It is called with mu locked.
+func (c *crew) calm(now time.Time) {
+	if c.lull == nil || c.waiting() || c.handing.Load() {
+		return
+	}
+	if c.sift(now); c.quick == 0 {
+		close(c.lull)
+		c.lull = nil
+		c.wanted.Store(false)
+	}
+}
+
+// handOver gives an event to its lanes. Between two of its deliveries is no lull, however quickly the first one ends.
+func (c *crew) handOver(give func()) {
+	c.handing.Store(true)
+	give()
+	if c.handing.Store(false); c.wanted.Load() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.calm(time.Now())
+	}
 }
 
 // close sends home those who rest, and the others when they have ended.

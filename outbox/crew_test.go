@@ -133,3 +133,48 @@ func TestWhatWaitsAtTheEndIsDone(t *testing.T) {
 		require.Empty(t, c.rest)
 	})
 }
+
+// isClosed tells whether it is closed.
+func isClosed(c <-chan struct{}) bool {
+	synctest.Wait()
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// An event's deliveries, from the first that begins to the last that ends, are no lull; what hangs is no work.
+func TestALullIsWhereNothingIsUnderWay(t *testing.T) {
+	onShift(t, func(t *testing.T, c *shift) {
+		lull := c.nextLull()
+		require.False(t, isClosed(lull), "nothing has ended yet")
+		c.handOver(func() {
+			c.do(lasting(time.Millisecond))
+			time.Sleep(2 * time.Millisecond)
+			require.False(t, isClosed(lull), "more of the event is to come")
+			c.do(lasting(time.Minute))
+			c.do(lasting(quickAttempt + time.Millisecond))
+		})
+		require.False(t, isClosed(lull))
+		require.Equal(t, lull, c.nextLull())
+		time.Sleep(quickAttempt + time.Millisecond)
+		require.True(t, isClosed(lull), "the last one ended, but for one that waits for its receiver")
+
+		lull = c.nextLull()
+		require.False(t, isClosed(lull), "it is the next one that is asked for")
+		c.handOver(func() {})
+		require.True(t, isClosed(lull), "an event that nobody wants")
+
+		lull = c.nextLull()
+		for range c.most + 1 {
+			c.do(lasting(time.Millisecond))
+		}
+		time.Sleep(time.Millisecond)
+		require.False(t, isClosed(lull), "one had to wait")
+		time.Sleep(time.Millisecond)
+		require.True(t, isClosed(lull))
+		time.Sleep(time.Minute) // the one that hangs
+	})
+}

@@ -18,6 +18,10 @@ const (
 	// within journalPause waits so long for more, unless that many are there.
 	journalPause = 50 * time.Millisecond
 	journalMany  = 500
+	// lullWait is how long the next part of a small transaction waits for a lull. Parts that begin right behind an event, while the
+	// next one is still to come, are as if they were not there; a transaction in one piece keeps one of two
+	// processors from three events, and they show in the 99th percentile.
+	lullWait = 5 * time.Millisecond
 )
 
 // journal writes changes to the store in batches: whatever gathered while the last commit was
@@ -27,8 +31,9 @@ const (
 type journal struct {
 	store Store
 	log   *zap.Logger
-	many  int   // changes that do not wait for more
-	much  int64 // bytes of content that do not
+	many  int                    // changes that do not wait for more
+	much  int64                  // bytes of content that do not
+	lull  func() <-chan struct{} // closed at the next good moment for a part of a transaction
 
 	mu      sync.Mutex // guards what follows
 	queue   []*entry
@@ -86,8 +91,14 @@ func (j *journal) put(c Change, done func()) {
 	}
 	j.byKey[k] = e
 	j.queue = append(j.queue, e)
-	j.size += e.size
-	j.tell()
+	if j.size += e.size; len(j.queue) == 1 || j.hurry() {
+		j.tell()
+	}
+}
+
+// hurry tells whether what is queued is not to wait. It is called with mu locked.
+func (j *journal) hurry() bool {
+	return len(j.queue) >= j.many || j.size >= j.much || j.urgent || j.idle != nil
 }
 
 // tell has gather look again.
@@ -107,9 +118,9 @@ func (j *journal) run(ctx context.Context) error {
 			return nil
 		}
 		began = time.Now()
-		batch := j.take()
+		batch, hurry := j.take()
 		for {
-			err := j.write(ctx, batch)
+			err := j.write(ctx, batch, hurry)
 			if err == nil {
 				backoff = 0
 				break
@@ -148,7 +159,7 @@ func (j *journal) gather(ctx context.Context, began time.Time) bool {
 	for {
 		j.mu.Lock()
 		queued := len(j.queue)
-		enough := queued >= j.many || j.size >= j.much || j.urgent || j.idle != nil
+		enough := j.hurry()
 		j.mu.Unlock()
 		if queued > 0 {
 			if enough || time.Since(began) >= journalPause {
@@ -170,7 +181,31 @@ func (j *journal) gather(ctx context.Context, began time.Time) bool {
 	}
 }
 
-func (j *journal) write(ctx context.Context, batch []*entry) error {
+// pause waits for the next lull, but for no longer than lullWait, nor while somebody waits for what is queued.
+func (j *journal) pause(ctx context.Context) {
+	lull := j.lull()
+	timer := time.NewTimer(lullWait)
+	defer timer.Stop()
+	for {
+		j.mu.Lock()
+		hurry := j.hurry()
+		j.mu.Unlock()
+		if hurry {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-lull:
+			return
+		case <-timer.C:
+			return
+		case <-j.signal: // gather looks for itself
+		}
+	}
+}
+
+func (j *journal) write(ctx context.Context, batch []*entry, hurry bool) error {
 	defer func() {
 		clear(j.changes) // else it would keep the events
 		j.changes = j.changes[:0]
@@ -183,12 +218,17 @@ func (j *journal) write(ctx context.Context, batch []*entry) error {
 	if len(j.changes) == 0 {
 		return nil
 	}
-	return j.store.Write(ctx, j.changes)
+	if hurry {
+		return j.store.Write(ctx, j.changes)
+	}
+	return j.store.WriteInParts(ctx, j.changes, func() { j.pause(ctx) })
 }
 
-func (j *journal) take() []*entry {
+// take takes from the queue what makes a transaction, and tells whether that is in a hurry.
+func (j *journal) take() (batch []*entry, hurry bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	hurry = j.hurry()
 	n, size := 0, int64(0)
 	for n < len(j.queue) && n < journalBatch {
 		more := j.queue[n].size
@@ -199,7 +239,7 @@ func (j *journal) take() []*entry {
 		n++
 	}
 	j.size -= size
-	batch := j.queue[:n:n]
+	batch = j.queue[:n:n]
 	if j.queue = j.queue[n:]; len(j.queue) == 0 {
 		j.queue, j.urgent = nil, false
 	}
@@ -207,7 +247,7 @@ func (j *journal) take() []*entry {
 		delete(j.byKey, deliveryKey{e.change.EndpointID, e.change.Event.ID})
 	}
 	j.writing = n
-	return batch
+	return batch, hurry
 }
 
 func (j *journal) fail(err error) {

@@ -20,6 +20,8 @@ type book struct {
 	writes [][]Change
 	answer func(n int) error // to the nth write, from 1
 	took   time.Duration
+	pauses atomic.Int32  // of writes in parts
+	lull   chan struct{} // nil is always
 }
 
 func (b *book) Write(ctx context.Context, changes []Change) error {
@@ -35,6 +37,14 @@ func (b *book) Write(ctx context.Context, changes []Change) error {
 	return b.answer(len(b.writes))
 }
 
+func (b *book) WriteInParts(ctx context.Context, changes []Change, pause func()) error {
+	for range 3 {
+		pause()
+		b.pauses.Add(1)
+	}
+	return b.Write(ctx, changes)
+}
+
 type scribe struct {
 	*journal
 	book *book
@@ -46,6 +56,11 @@ type scribe struct {
 // keep runs a journal in a bubble.
 func keep(t *testing.T, b *book) *scribe {
 	s := &scribe{journal: newJournal(b, zap.NewNop(), 10*journalMany, 1<<30), book: b, done: make(chan error, 1)}
+	s.lull = func() <-chan struct{} { return b.lull }
+	if b.lull == nil { // always
+		b.lull = make(chan struct{})
+		close(b.lull)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	s.stop = cancel
 	go func() { s.done <- s.run(ctx) }()
@@ -140,6 +155,47 @@ func TestFewChangesWaitForMoreAMoment(t *testing.T) {
 		s.note(large, "h")
 		written(7, time.Since(began)+time.Millisecond, "they are large")
 		require.Zero(t, s.size)
+	})
+}
+
+// Its parts wait for good moments, but not for long, and not while somebody waits.
+func TestASmallTransactionGoesInLulls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &book{lull: make(chan struct{})}
+		s := keep(t, b)
+		began := time.Now()
+		paused := func(n int, after time.Duration, why string) {
+			t.Helper()
+			synctest.Wait()
+			require.EqualValues(t, n, b.pauses.Load(), why)
+			require.Equal(t, after, time.Since(began), why)
+		}
+		s.note(inserted("a", StateParked), "a")
+		paused(0, 0, "no lull yet")
+		b.lull <- struct{}{}
+		paused(1, 0, "a lull")
+		time.Sleep(lullWait)
+		paused(2, lullWait, "no lull for long")
+		s.note(inserted("b", StateParked), "b")
+		paused(2, lullWait, "it waits for the next transaction")
+		s.note(inserted("c", StateDead), "c")
+		paused(3, lullWait, "somebody waits for the next transaction")
+		require.NoError(t, s.flush(t.Context()))
+		require.Equal(t, []string{"a", "b", "c"}, s.told)
+		require.Len(t, b.writes, 2)
+		require.EqualValues(t, 3, b.pauses.Load(), "what somebody waits for has no pauses")
+
+		time.Sleep(journalPause)
+		s.note(inserted("d", StateParked), "d")
+		synctest.Wait()
+		began = time.Now()
+		require.NoError(t, s.flush(t.Context()))
+		paused(6, 0, "somebody waits for this transaction")
+		time.Sleep(journalPause)
+		s.note(inserted("e", StateParked), "e")
+		synctest.Wait()
+		s.stop()
+		require.NoError(t, <-s.done)
 	})
 }
 

@@ -172,6 +172,7 @@ func New(cfg Config) (*Relay, error) {
 	}
 	r.sendCtx, r.stopSend = context.WithCancel(context.Background())
 	r.crew = newCrew(r.sendCtx)
+	r.journal.lull = r.crew.nextLull
 	return r, nil
 }
 
@@ -1072,12 +1073,14 @@ func (r *Relay) route(ev *Event, to []*Lane, now time.Time) bool {
 	}
 	r.ledger.Hold(ev, len(lanes)+len(refused))
 	sp := r.ledger.Open(ev.Position, len(lanes)+len(refused), now)
-	for _, l := range lanes {
-		l.add(ev, sp, now)
-	}
-	for _, f := range refused {
-		f.lane.refuse(ev, sp, now, f.why)
-	}
+	r.crew.handOver(func() {
+		for _, l := range lanes {
+			l.add(ev, sp, now)
+		}
+		for _, f := range refused {
+			f.lane.refuse(ev, sp, now, f.why)
+		}
+	})
 	return true
 }
 

@@ -859,6 +859,12 @@ func (s *flaky) Write(ctx context.Context, changes []outbox.Change) error {
 	})
 }
 
+func (s *flaky) WriteInParts(ctx context.Context, changes []outbox.Change, pause func()) error {
+	pause()
+	pause()
+	return s.Write(ctx, changes)
+}
+
 func (s *flaky) Bury(ctx context.Context, endpointID string, reason outbox.Reason) (n int64, err error) {
 	err = s.write(ctx, func() (err error) {
 		n, err = s.w.store.Bury(ctx, endpointID, reason)

@@ -220,6 +220,16 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	})
 }
 
+// WriteInParts pauses before the changes and behind them.
+func (s *Store) WriteInParts(ctx context.Context, changes []outbox.Change, pause func()) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	pause()
+	pause()
+	return s.Write(ctx, changes)
+}
+
 func (s *Store) apply(c outbox.Change) {
 	key := rowKey{c.EndpointID, c.Event.ID}
 	row := s.rows[key]

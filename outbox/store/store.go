@@ -48,9 +48,10 @@ type Store struct {
 	// asciiOnly: the database's encoding is not UTF-8, so that it may lack any other character.
 	asciiOnly atomic.Bool
 	sample    sample
-	// They are copyRows, fillBeat and fillSilence but in tests.
-	copyRows      int
-	beat, silence time.Duration
+	// They are copyRows, partEvents, partRows, partUpdates, fillBeat and fillSilence but in tests.
+	copyRows                          int
+	partEvents, partRows, partUpdates int
+	beat, silence                     time.Duration
 }
 
 // unclaimed is the epoch that no checkpoint has. (One that was announced has zero.)
@@ -69,7 +70,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger, copyRows: copyRows, beat: fillBeat, silence: fillSilence}
+	s := &Store{slot: cfg.Slot, instance: cfg.Instance, log: cfg.Logger, copyRows: copyRows, partEvents: partEvents, partRows: partRows, partUpdates: partUpdates, beat: fillBeat, silence: fillSilence}
 	s.epoch.Store(unclaimed)
 	s.seen.Store(unclaimed)
 	if s.log == nil {
@@ -162,10 +163,14 @@ type step struct {
 	sql   string
 	args  []any
 	copy  *copying             // instead of sql; it takes a round trip of its own
+	pause func()               // instead of sql; called when what is before it is done
 	begin func()               // called before the transaction, each time that it is begun; nil is nothing
 	row   func(pgx.Rows) error // called for each row; nil where there is none of interest
 	tag   func(pgconn.CommandTag)
 }
+
+// apart tells whether a step cannot go in one round trip with others.
+func (st step) apart() bool { return st.copy != nil || st.pause != nil }
 
 // held is the transaction of a holder: it fails with ErrFenced where the slot was taken.
 func (s *Store) held(ctx context.Context, steps ...step) error {
@@ -228,10 +233,10 @@ type session interface {
 	CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, rows pgx.CopyFromSource) (int64, error)
 }
 
-// send sends the steps, all between two COPYs in one round trip.
+// send sends the steps, all between two that are apart in one round trip.
 func send(ctx context.Context, to session, steps []step) error {
 	for len(steps) > 0 {
-		n := slices.IndexFunc(steps, func(st step) bool { return st.copy != nil })
+		n := slices.IndexFunc(steps, step.apart)
 		if n < 0 {
 			n = len(steps)
 		}
@@ -243,8 +248,9 @@ func send(ctx context.Context, to session, steps []step) error {
 		if n == len(steps) {
 			return nil
 		}
-		c := steps[n].copy
-		if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", c.table}, c.columns, c.rows()); err != nil {
+		if c := steps[n].copy; c == nil {
+			steps[n].pause()
+		} else if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", c.table}, c.columns, c.rows()); err != nil {
 			return fmt.Errorf("%s: %w", steps[n].what, err)
 		}
 		steps = steps[n+1:]

@@ -37,6 +37,7 @@ type bundle struct {
 	t      testing.TB
 	url    string
 	system string
+	parts  bool // it writes in parts
 }
 
 // setup gives a store that holds its slot.
@@ -67,6 +68,16 @@ func open(t testing.TB, address, slot, instance string) *Store {
 	t.Cleanup(s.Close)
 	return s
 }
+
+func (b *bundle) Write(ctx context.Context, changes []outbox.Change) error {
+	if b.parts {
+		return b.WriteInParts(ctx, changes, func() {})
+	}
+	return b.Store.Write(ctx, changes)
+}
+
+// tear makes parts of one row each.
+func (b *bundle) tear() { b.parts, b.partEvents, b.partRows, b.partUpdates = true, 1, 1, 1 }
 
 func (b *bundle) exec(sql string) { b.t.Helper(); pgtest.Exec(b.t, b.url, sql) }
 
@@ -108,15 +119,17 @@ func gone(n int) outbox.Change {
 	return outboxtest.Move("a", outboxtest.Event(n, ""), outbox.StateGone)
 }
 
-func TestSuite(t *testing.T) { bothWays(t, func(t *testing.T, b *bundle) { suite(t, b, "") }) }
+func TestSuite(t *testing.T) { eachWay(t, func(t *testing.T, b *bundle) { suite(t, b, "") }) }
 
-// bothWays is for what may not depend on whether new rows are copied or inserted.
-func bothWays(t *testing.T, test func(*testing.T, *bundle)) {
+// eachWay is for what may not depend on whether new rows are copied or inserted, at once or in parts.
+func eachWay(t *testing.T, test func(*testing.T, *bundle)) {
 	t.Helper()
-	for name, rows := range map[string]int{"insert": math.MaxInt, "copy": 1} {
+	for name, rows := range map[string]int{"insert": math.MaxInt, "copy": 1, "parts": math.MaxInt} {
 		t.Run(name, func(t *testing.T) {
 			b := setup(t)
-			b.copyRows = rows
+			if b.copyRows = rows; name == "parts" {
+				b.tear()
+			}
 			test(t, b)
 		})
 	}
@@ -130,8 +143,10 @@ func suite(t *testing.T, b *bundle, settings string) {
 		address, err := url.Parse(b.url)
 		require.NoError(t, err)
 		address.RawQuery = strings.Trim(address.RawQuery+"&"+settings, "&")
-		s := open(t, address.String(), "walhook", "default")
-		s.copyRows = b.copyRows
+		s := &bundle{Store: open(t, address.String(), "walhook", "default")}
+		if s.copyRows = b.copyRows; b.parts {
+			s.tear()
+		}
 		_, err = s.Claim(t.Context(), b.holder(100))
 		require.NoError(t, err)
 		return s
@@ -354,6 +369,50 @@ func TestFrozenHolderDoesNotHoldUpTheNext(t *testing.T) {
 	require.Error(t, tx.Commit(t.Context()))
 }
 
+// Its parts become visible together, or not at all, and a pause in which it is stopped does not hold up the next holder.
+func TestAWriteInPartsIsOneTransaction(t *testing.T) {
+	b := setup(t)
+	require.NoError(t, b.Write(t.Context(), []outbox.Change{outboxtest.Park("b", outboxtest.Event(1, "")), outboxtest.Park("b", outboxtest.Event(2, ""))}))
+	const events = 20
+	var changes []outbox.Change
+	for n := range events {
+		for _, endpoint := range []string{"a", "c", "d"} {
+			changes = append(changes, outboxtest.Park(endpoint, outboxtest.Event(n, "")))
+		}
+	}
+	changes = append(changes, outboxtest.Move("b", outboxtest.Event(1, ""), outbox.StateGone), outboxtest.Move("b", outboxtest.Event(2, ""), outbox.StateDead))
+
+	pauses := 0
+	unchanged := func() {
+		pauses++
+		require.Equal(t, 2, b.count("deliveries"))
+		require.Equal(t, 2, b.count("events"))
+	}
+	b.exec("alter table walhook.deliveries add constraint none_dead check (state <> 'dead')")
+	require.ErrorContains(t, b.WriteInParts(t.Context(), changes, unchanged), "write deliveries: update delivery: ")
+	unchanged()
+	b.exec("alter table walhook.deliveries drop constraint none_dead")
+
+	pauses = 0
+	require.NoError(t, b.WriteInParts(t.Context(), changes, unchanged))
+	require.Equal(t, 1+(events+partEvents-1)/partEvents+(3*events+partRows-1)/partRows+1+1, pauses)
+	require.Equal(t, 3*events+1, b.count("deliveries"))
+	require.Equal(t, events, b.count("events"))
+	require.Equal(t, 1, b.count("deliveries where state = 'dead'"))
+
+	next := open(t, b.url, "walhook", "default")
+	pauses = 0
+	err := b.WriteInParts(t.Context(), changes, func() {
+		if pauses++; pauses == 3 {
+			_, err := next.Claim(t.Context(), b.holder(1))
+			require.NoError(t, err)
+			require.NoError(t, next.Write(t.Context(), []outbox.Change{gone(3)}))
+		}
+	})
+	require.Error(t, err)
+	require.Equal(t, 3*events, b.count("deliveries"))
+}
+
 // Poolers that know no prepared statements want one of these in the URL.
 func TestEveryExecModeOfTheDriverWorks(t *testing.T) {
 	for _, mode := range []string{"cache_describe", "exec"} {
@@ -486,7 +545,7 @@ func TestCopyMeetsWhatIsThere(t *testing.T) {
 }
 
 // One endpoint gets rid of an event in the moment in which another needs it.
-func TestEventSurvivesWhileOthersWrite(t *testing.T) { bothWays(t, eventSurvives) }
+func TestEventSurvivesWhileOthersWrite(t *testing.T) { eachWay(t, eventSurvives) }
 
 func eventSurvives(t *testing.T, b *bundle) {
 	t.Helper()
@@ -522,7 +581,7 @@ func eventSurvives(t *testing.T, b *bundle) {
 }
 
 // Two writes that lock the same events in opposite order: Postgres ends one, which is begun again.
-func TestDeadlockIsTriedAgain(t *testing.T) { bothWays(t, deadlockIsTriedAgain) }
+func TestDeadlockIsTriedAgain(t *testing.T) { eachWay(t, deadlockIsTriedAgain) }
 
 func deadlockIsTriedAgain(t *testing.T, b *bundle) {
 	t.Helper()

@@ -23,6 +23,15 @@ const (
 	chunkBytes = 8 << 20
 )
 
+// WriteInParts inserts so many events, or deliveries, or updates so many, at once as take Postgres a quarter of a millisecond, or
+// as many as make mostParts parts: a half of that is what an insert costs whatever is in it.
+const (
+	partEvents  = 3
+	partRows    = 9
+	partUpdates = 4
+	mostParts   = 8
+)
+
 // Write applies the changes in one durable transaction. They name each endpoint and event at
 // most once, so their order among each other is of no consequence but for the new rows' ids.
 func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
@@ -31,16 +40,7 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	}
 	inserts, updates, gone := split(changes)
 	ascii := s.asciiOnly.Load()
-	rest := append(updateSteps(updates, ascii), removeSteps(gone, nil)...)
-	var notices [][]byte
-	for _, c := range changes {
-		if c.Notice != nil {
-			notices = append(notices, c.Notice)
-		}
-	}
-	if len(notices) > 0 {
-		rest = append(rest, emitStep(notices))
-	}
+	rest := slices.Concat(updateSteps(updates, ascii), removeSteps(gone, nil), noticeSteps(changes))
 	var err error
 	many := len(inserts) >= s.copyRows
 	if many {
@@ -53,6 +53,49 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 		return fmt.Errorf("write deliveries: %w", err)
 	}
 	return nil
+}
+
+// WriteInParts is Write in many small statements, with a pause before each.
+func (s *Store) WriteInParts(ctx context.Context, changes []outbox.Change, pause func()) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	pause()
+	if len(changes) <= s.partRows {
+		return s.Write(ctx, changes)
+	}
+	inserts, updates, gone := split(changes)
+	ascii := s.asciiOnly.Load()
+	var steps []step
+	events := eventsOf(inserts)
+	for part := range slices.Chunk(events, max(s.partEvents, len(events)/mostParts)) {
+		steps = append(steps, step{pause: pause}, insertEventsStep(part, ascii))
+	}
+	for part := range slices.Chunk(inserts, max(s.partRows, len(inserts)/mostParts)) {
+		steps = append(steps, step{pause: pause}, insertDeliveriesStep(part, ascii))
+	}
+	for part := range slices.Chunk(updateSteps(updates, ascii), max(s.partUpdates, len(updates)/mostParts)) {
+		steps = append(append(steps, step{pause: pause}), part...)
+	}
+	steps = append(append(steps, step{pause: pause}), removeSteps(gone, nil)...)
+	if err := s.held(ctx, append(steps, noticeSteps(changes)...)...); err != nil {
+		return fmt.Errorf("write deliveries: %w", err)
+	}
+	return nil
+}
+
+// noticeSteps write the changes' notices into the WAL.
+func noticeSteps(changes []outbox.Change) (steps []step) {
+	var notices [][]byte
+	for _, c := range changes {
+		if c.Notice != nil {
+			notices = append(notices, c.Notice)
+		}
+	}
+	if len(notices) > 0 {
+		steps = append(steps, emitStep(notices))
+	}
+	return steps
 }
 
 // split sorts changes by what is to be done, without a copy where it is the same for all.
@@ -90,15 +133,19 @@ func contentsOf(changes []outbox.Change) map[string]*outbox.Event {
 	return contents
 }
 
-// insertSteps insert new deliveries, and their events.
-func insertSteps(inserts []outbox.Change, ascii bool) (steps []step) {
-	contents := contentsOf(inserts)
-	// In the order of their ids, as they are locked when they are removed.
+// eventsOf are the events of changes in the order of their ids, as they are locked when they are removed.
+func eventsOf(changes []outbox.Change) []*outbox.Event {
+	contents := contentsOf(changes)
 	events := make([]*outbox.Event, 0, len(contents))
 	for _, id := range slices.Sorted(maps.Keys(contents)) {
 		events = append(events, contents[id])
 	}
-	for part := range chunks(events, contentSize) {
+	return events
+}
+
+// insertSteps insert new deliveries, and their events.
+func insertSteps(inserts []outbox.Change, ascii bool) (steps []step) {
+	for part := range chunks(eventsOf(inserts), contentSize) {
 		steps = append(steps, insertEventsStep(part, ascii))
 	}
 	for part := range chunks(inserts, noSize) {
