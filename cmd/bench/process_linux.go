@@ -31,6 +31,26 @@ func processUsage(pid int) (u usage, known bool) {
 	return u, okCPU && okPeak && okResident
 }
 
+// stolen is the time in which the host gave the processors to others while something here could have run.
+func stolen() (time.Duration, bool) {
+	stat, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, false
+	}
+	return stealOfStat(string(stat))
+}
+
+// stealOfStat is the eighth number of all processors' line of /proc/stat, proc_stat(5).
+func stealOfStat(stat string) (time.Duration, bool) {
+	line, _, _ := strings.Cut(stat, "\n")
+	fields := strings.Fields(line)
+	if len(fields) < 9 || fields[0] != "cpu" {
+		return 0, false
+	}
+	ticks, err := strconv.ParseInt(fields[8], 10, 64)
+	return time.Duration(ticks) * clockTick, err == nil
+}
+
 // cpuOfStat is utime + stime, the 14th and 15th field; the second, the name, may hold anything.
 func cpuOfStat(stat string) (time.Duration, bool) {
 	i := strings.LastIndexByte(stat, ')')

@@ -35,3 +35,16 @@ func TestUsageOfAProcessThatRuns(t *testing.T) {
 	_, known = processUsage(-1)
 	require.False(t, known)
 }
+
+func TestWhatTheHostTookIsRead(t *testing.T) {
+	t.Parallel()
+	took, ok := stealOfStat("cpu  10 20 30 40 50 60 70 250 90 100\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
+	require.True(t, ok)
+	require.Equal(t, 2500*time.Millisecond, took)
+	for _, bad := range []string{"", "cpu 1 2 3 4 5 6 7\n", "intr 1 2 3 4 5 6 7 8 9\n"} {
+		_, ok = stealOfStat(bad)
+		require.False(t, ok, bad)
+	}
+	_, ok = stolen()
+	require.True(t, ok)
+}
