@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -175,13 +176,29 @@ func parse(e *outbox.Endpoint) (*target, error) {
 	}
 	// Connections are shared by endpoints that are reached by the same rules, and by no others:
 	// the guard judges when a connection is made, not when it is used again.
-	secret := sha256.New()
-	for _, part := range t.transportSecrets() {
-		fmt.Fprintf(secret, "%d:%s", len(part), part)
-	}
-	t.route = fmt.Sprintf("%s plain=%t allow=%v deny=%v tls=%s %x",
-		e.Origin, t.way.guard.plain, e.Network.Allow, e.Network.Deny, e.TLS.MinVersion, secret.Sum(nil))
+	t.route = t.routeOf()
 	return t, nil
+}
+
+// routeOf is equal for targets that may share connections, and for no others.
+func (t *target) routeOf() string {
+	e := t.endpoint
+	b := append(append([]byte(nil), e.Origin...), ' ')
+	b = strconv.AppendBool(b, t.way.guard.plain)
+	for _, prefixes := range [][]netip.Prefix{e.Network.Allow, e.Network.Deny} {
+		for b = append(b, ';'); len(prefixes) > 0; prefixes = prefixes[1:] {
+			b = append(prefixes[0].AppendTo(b), ' ')
+		}
+	}
+	b = append(append(b, ';'), e.TLS.MinVersion...)
+	if secrets := t.transportSecrets(); strings.Join(secrets, "") != "" {
+		hashed := sha256.New()
+		for _, part := range secrets {
+			fmt.Fprintf(hashed, "%d:%s", len(part), part)
+		}
+		b = hex.AppendEncode(append(b, ';'), hashed.Sum(nil))
+	}
+	return string(b)
 }
 
 // transportSecrets is what makes a connection and is too long, or too private, to name it by.
