@@ -14,6 +14,8 @@ const (
 	// waits for its receiver, or up to lineAttempt for a connection that others of its host have, or for the machine.
 	quickAttempt = 2 * time.Millisecond
 	lineAttempt  = 5 * quickAttempt
+	// withReceiver is how long after its beginning an attempt is with its receiver rather than with us.
+	withReceiver = 500 * time.Microsecond
 	// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
 	mostAtRest = 128
 )
@@ -39,7 +41,8 @@ type crew struct {
 	late   line[stint] // the beginnings of late, in the order of their look; some have ended
 	timer  *time.Timer
 	closed bool
-	lull   chan struct{} // closed when nothing is under way or waits; nil while nobody waits for that
+	latest time.Time     // beginning of an attempt
+	lull   chan struct{} // closed at the next lull; nil while nobody waits for one
 
 	handing atomic.Bool // an event is being given to its lanes
 	wanted  atomic.Bool // lull is not nil
@@ -161,6 +164,7 @@ func (c *crew) begin(h *hand, now time.Time) job {
 	h.turn++
 	h.slow = false
 	c.quick++
+	c.latest = now
 	c.late.push(stint{h, h.turn, now, now.Add(quickAttempt)})
 	return j
 }
@@ -199,8 +203,9 @@ func (c *crew) next(h *hand) (j job, more bool) {
 	return job{}, false
 }
 
-// nextLull is closed when next all attempts of late have ended, and no event is being given to its lanes: where events come
-// now and then, that is the best moment for what is in no hurry.
+// nextLull is closed when next an attempt ends and leaves the machine without work: no event is being given to its lanes, no attempt
+// waits for its turn, and none of late is under way but such as have been with their receivers for a while. Where events come
+// now and then, that is the best moment for what is in no hurry: a while before the next one.
 func (c *crew) nextLull() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -216,7 +221,7 @@ func (c *crew) calm(now time.Time) {
 	if c.lull == nil || c.waiting() || c.handing.Load() {
 		return
 	}
-	if c.sift(now); c.quick == 0 {
+	if c.sift(now); c.quick == 0 || now.Sub(c.latest) >= withReceiver {
 		close(c.lull)
 		c.lull = nil
 		c.wanted.Store(false)

@@ -165,7 +165,7 @@ func TestALullIsWhereNothingIsUnderWay(t *testing.T) {
 		lull = c.nextLull()
 		require.False(t, isClosed(lull), "it is the next one that is asked for")
 		c.handOver(func() {})
-		require.True(t, isClosed(lull), "an event that nobody wants")
+		require.True(t, isClosed(lull), "an event whose lanes are all shut")
 
 		lull = c.nextLull()
 		for range c.most + 1 {
@@ -175,6 +175,15 @@ func TestALullIsWhereNothingIsUnderWay(t *testing.T) {
 		require.False(t, isClosed(lull), "one had to wait")
 		time.Sleep(time.Millisecond)
 		require.True(t, isClosed(lull))
+
+		lull = c.nextLull()
+		c.do(lasting(20 * time.Millisecond))
+		time.Sleep(20*time.Millisecond - withReceiver)
+		c.do(lasting(20 * time.Millisecond))
+		time.Sleep(withReceiver - 1)
+		require.False(t, isClosed(lull))
+		time.Sleep(1)
+		require.True(t, isClosed(lull), "the one under way waits for its receiver")
 		time.Sleep(time.Minute) // the one that hangs
 	})
 }

@@ -125,6 +125,7 @@ func (j *journal) run(ctx context.Context) error {
 				backoff = 0
 				break
 			}
+			hurry = true
 			if errors.Is(err, ErrFenced) {
 				return err
 			}
@@ -181,8 +182,9 @@ func (j *journal) gather(ctx context.Context, began time.Time) bool {
 	}
 }
 
-// pause waits for the next lull, but for no longer than lullWait, nor while somebody waits for what is queued.
-func (j *journal) pause(ctx context.Context) {
+// pause waits for the next lull, but for no longer than lullWait. It tells false, and waits no more, where somebody waits for what is
+// queued: that is behind what is under way.
+func (j *journal) pause(ctx context.Context) bool {
 	lull := j.lull()
 	timer := time.NewTimer(lullWait)
 	defer timer.Stop()
@@ -191,15 +193,15 @@ func (j *journal) pause(ctx context.Context) {
 		hurry := j.hurry()
 		j.mu.Unlock()
 		if hurry {
-			return
+			return false
 		}
 		select {
 		case <-ctx.Done():
-			return
+			return false
 		case <-lull:
-			return
+			return true
 		case <-timer.C:
-			return
+			return true
 		case <-j.signal: // gather looks for itself
 		}
 	}
@@ -221,7 +223,7 @@ func (j *journal) write(ctx context.Context, batch []*entry, hurry bool) error {
 	if hurry {
 		return j.store.Write(ctx, j.changes)
 	}
-	return j.store.WriteInParts(ctx, j.changes, func() { j.pause(ctx) })
+	return j.store.WriteInParts(ctx, j.changes, func() bool { return j.pause(ctx) })
 }
 
 // take takes from the queue what makes a transaction, and tells whether that is in a hurry.

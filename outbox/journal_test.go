@@ -14,7 +14,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// book is a Store of which only Write is asked.
+// book is a Store that is only written to.
 type book struct {
 	Store
 	writes [][]Change
@@ -37,10 +37,12 @@ func (b *book) Write(ctx context.Context, changes []Change) error {
 	return b.answer(len(b.writes))
 }
 
-func (b *book) WriteInParts(ctx context.Context, changes []Change, pause func()) error {
+func (b *book) WriteInParts(ctx context.Context, changes []Change, pause func() bool) error {
 	for range 3 {
-		pause()
-		b.pauses.Add(1)
+		more := pause()
+		if b.pauses.Add(1); !more {
+			break
+		}
 	}
 	return b.Write(ctx, changes)
 }
@@ -190,12 +192,14 @@ func TestASmallTransactionGoesInLulls(t *testing.T) {
 		synctest.Wait()
 		began = time.Now()
 		require.NoError(t, s.flush(t.Context()))
-		paused(6, 0, "somebody waits for this transaction")
+		paused(4, 0, "somebody waits for this transaction")
 		time.Sleep(journalPause)
 		s.note(inserted("e", StateParked), "e")
 		synctest.Wait()
+		began = time.Now()
 		s.stop()
 		require.NoError(t, <-s.done)
+		paused(5, 0, "the end")
 	})
 }
 

@@ -62,9 +62,9 @@ type Backlog struct {
 type Store interface {
 	// Write applies the changes in one durable transaction, in their order. It keeps nothing of the slice.
 	Write(ctx context.Context, changes []Change) error
-	// WriteInParts is Write for a machine that has more urgent work: pause is called before each part of it that keeps a
-	// processor busy for a moment, and returns when that may be.
-	WriteInParts(ctx context.Context, changes []Change, pause func()) error
+	// WriteInParts is Write for a machine that has more urgent work: pause is called before each part of it, and returns when
+	// a processor may be busy with that for a moment. Where it tells false, the rest goes at once.
+	WriteInParts(ctx context.Context, changes []Change, pause func() bool) error
 
 	// Scan reads parked deliveries of an endpoint in commit order from behind after: at most
 	// limit rows and, beyond the first, at most maxBytes of content. Keys named in skip are left out. more

@@ -859,9 +859,8 @@ func (s *flaky) Write(ctx context.Context, changes []outbox.Change) error {
 	})
 }
 
-func (s *flaky) WriteInParts(ctx context.Context, changes []outbox.Change, pause func()) error {
-	pause()
-	pause()
+func (s *flaky) WriteInParts(ctx context.Context, changes []outbox.Change, pause func() bool) error {
+	_ = pause() && pause()
 	return s.Write(ctx, changes)
 }
 

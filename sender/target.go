@@ -191,7 +191,7 @@ func (t *target) routeOf() string {
 		}
 	}
 	b = append(append(b, ';'), e.TLS.MinVersion...)
-	if secrets := t.transportSecrets(); strings.Join(secrets, "") != "" {
+	if secrets := t.transportSecrets(); slices.ContainsFunc(secrets, func(s string) bool { return s != "" }) {
 		hashed := sha256.New()
 		for _, part := range secrets {
 			fmt.Fprintf(hashed, "%d:%s", len(part), part)

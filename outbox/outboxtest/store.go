@@ -220,13 +220,12 @@ func (s *Store) Write(ctx context.Context, changes []outbox.Change) error {
 	})
 }
 
-// WriteInParts pauses before the changes and behind them.
-func (s *Store) WriteInParts(ctx context.Context, changes []outbox.Change, pause func()) error {
+// WriteInParts pauses twice before the changes.
+func (s *Store) WriteInParts(ctx context.Context, changes []outbox.Change, pause func() bool) error {
 	if len(changes) == 0 {
 		return nil
 	}
-	pause()
-	pause()
+	_ = pause() && pause()
 	return s.Write(ctx, changes)
 }
 

@@ -7,7 +7,8 @@
 //   - A write that returned nil is durable, whatever synchronous_commit the role, the database
 //     or the server has. A write that returned an error may have been applied: its answer can
 //     get lost. Doing it again does no harm.
-//   - A write is one transaction, however many changes it has, and one round trip, or a few where many rows are new.
+//   - A write is one transaction, however many changes it has, and one round trip; a few where many rows are new, and as
+//     many as it has parts where it is to go in parts.
 //   - A write of a holder whose slot another instance has taken since changes nothing and fails
 //     with outbox.ErrFenced. Who takes the slot waits for the writes that were before it.
 //   - A Fill is one transaction too, of any length in little memory: rows of a snapshot and the

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -47,6 +49,7 @@ type Store struct {
 	seen     atomic.Int64 // of the checkpoint that was read last; unclaimed before it
 	// asciiOnly: the database's encoding is not UTF-8, so that it may lack any other character.
 	asciiOnly atomic.Bool
+	from17    atomic.Bool // the server's version
 	sample    sample
 	// They are copyRows, partEvents, partRows, partUpdates, fillBeat and fillSilence but in tests.
 	copyRows                          int
@@ -89,6 +92,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	poolConfig.AfterConnect = func(_ context.Context, c *pgx.Conn) error {
 		s.asciiOnly.Store(c.PgConn().ParameterStatus("server_encoding") != "UTF8")
+		major, _, _ := strings.Cut(c.PgConn().ParameterStatus("server_version"), ".")
+		n, _ := strconv.Atoi(major)
+		s.from17.Store(n >= 17)
 		c.TypeMap().RegisterType(pgLSN)
 		return nil
 	}
@@ -145,11 +151,16 @@ select
 	set_config('synchronous_commit', 'on', true),
 	set_config('statement_timeout', '25s', true),
 	set_config('lock_timeout', '10s', true),
+	set_config('idle_in_transaction_session_timeout', '25s', true),
 	set_config('enable_seqscan', 'off', true),
 	set_config('enable_bitmapscan', 'off', true),
 	set_config('enable_hashjoin', 'off', true),
 	set_config('enable_mergejoin', 'off', true),
 	set_config('jit', 'off', true)`
+
+// transactionTimeout is there from 17 on.
+const transactionTimeout = `
+select set_config('transaction_timeout', '0', true)`
 
 const hold = `
 select walhook.hold($1, $2)`
@@ -163,7 +174,7 @@ type step struct {
 	sql   string
 	args  []any
 	copy  *copying             // instead of sql; it takes a round trip of its own
-	pause func()               // instead of sql; called when what is before it is done
+	pause func() bool          // instead of sql; called when what is before it is done, and tells whether to pause again
 	begin func()               // called before the transaction, each time that it is begun; nil is nothing
 	row   func(pgx.Rows) error // called for each row; nil where there is none of interest
 	tag   func(pgconn.CommandTag)
@@ -179,8 +190,11 @@ func (s *Store) held(ctx context.Context, steps ...step) error {
 
 // plain is a transaction that anybody may do.
 func (s *Store) plain(ctx context.Context, steps ...step) error {
-	all := append([]step{{what: "begin", sql: begin}, {what: "settings", sql: settings}}, steps...)
-	return s.run(ctx, append(all, step{what: "commit", sql: "commit"}))
+	all := []step{{what: "begin", sql: begin}, {what: "settings", sql: settings}}
+	if s.from17.Load() && slices.ContainsFunc(steps, step.apart) {
+		all = append(all, step{what: "settings", sql: transactionTimeout})
+	}
+	return s.run(ctx, append(append(all, steps...), step{what: "commit", sql: "commit"}))
 }
 
 // run sends the steps. Where Postgres rolled the transaction back for the
@@ -248,12 +262,17 @@ func send(ctx context.Context, to session, steps []step) error {
 		if n == len(steps) {
 			return nil
 		}
-		if c := steps[n].copy; c == nil {
-			steps[n].pause()
-		} else if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", c.table}, c.columns, c.rows()); err != nil {
-			return fmt.Errorf("%s: %w", steps[n].what, err)
-		}
+		next := steps[n]
 		steps = steps[n+1:]
+		if next.pause != nil {
+			if !next.pause() {
+				steps = slices.DeleteFunc(slices.Clone(steps), func(st step) bool { return st.pause != nil })
+			}
+			continue
+		}
+		if _, err := to.CopyFrom(ctx, pgx.Identifier{"walhook", next.copy.table}, next.copy.columns, next.copy.rows()); err != nil {
+			return fmt.Errorf("%s: %w", next.what, err)
+		}
 	}
 	return nil
 }

@@ -71,7 +71,7 @@ func open(t testing.TB, address, slot, instance string) *Store {
 
 func (b *bundle) Write(ctx context.Context, changes []outbox.Change) error {
 	if b.parts {
-		return b.WriteInParts(ctx, changes, func() {})
+		return b.WriteInParts(ctx, changes, func() bool { return true })
 	}
 	return b.Store.Write(ctx, changes)
 }
@@ -190,6 +190,27 @@ func TestSettingsOfTheRoleDoNotMatter(t *testing.T) {
 	}
 	require.NoError(t, b.Migrate(t.Context()))
 	suite(t, b, "")
+}
+
+// A transaction in parts waits for its next part, and for the machine.
+func TestTimeoutsOfTheRoleEndNoTransactionInParts(t *testing.T) {
+	b := setup(t)
+	var name string
+	var version int
+	b.query("select quote_ident(current_database()), current_setting('server_version_num')::int", &name, &version)
+	b.exec("alter database " + name + " set idle_in_transaction_session_timeout = '50ms'")
+	if version >= 17_00_00 {
+		b.exec("alter database " + name + " set transaction_timeout = '250ms'")
+	}
+	s := &bundle{Store: open(t, b.url, "walhook", "default")}
+	s.tear()
+	_, err := s.Claim(t.Context(), b.holder(100))
+	require.NoError(t, err)
+	require.NoError(t, s.WriteInParts(t.Context(), []outbox.Change{park(1), park(2)}, func() bool {
+		time.Sleep(100 * time.Millisecond)
+		return true
+	}))
+	require.Equal(t, 2, b.count("deliveries"))
 }
 
 func TestReadOnlyServerIsLeftAlone(t *testing.T) {
@@ -373,7 +394,7 @@ func TestFrozenHolderDoesNotHoldUpTheNext(t *testing.T) {
 func TestAWriteInPartsIsOneTransaction(t *testing.T) {
 	b := setup(t)
 	require.NoError(t, b.Write(t.Context(), []outbox.Change{outboxtest.Park("b", outboxtest.Event(1, "")), outboxtest.Park("b", outboxtest.Event(2, ""))}))
-	const events = 20
+	const events = 30 // more than go into parts of the usual size
 	var changes []outbox.Change
 	for n := range events {
 		for _, endpoint := range []string{"a", "c", "d"} {
@@ -383,10 +404,11 @@ func TestAWriteInPartsIsOneTransaction(t *testing.T) {
 	changes = append(changes, outboxtest.Move("b", outboxtest.Event(1, ""), outbox.StateGone), outboxtest.Move("b", outboxtest.Event(2, ""), outbox.StateDead))
 
 	pauses := 0
-	unchanged := func() {
+	unchanged := func() bool {
 		pauses++
 		require.Equal(t, 2, b.count("deliveries"))
 		require.Equal(t, 2, b.count("events"))
+		return true
 	}
 	b.exec("alter table walhook.deliveries add constraint none_dead check (state <> 'dead')")
 	require.ErrorContains(t, b.WriteInParts(t.Context(), changes, unchanged), "write deliveries: update delivery: ")
@@ -395,19 +417,26 @@ func TestAWriteInPartsIsOneTransaction(t *testing.T) {
 
 	pauses = 0
 	require.NoError(t, b.WriteInParts(t.Context(), changes, unchanged))
-	require.Equal(t, 1+(events+partEvents-1)/partEvents+(3*events+partRows-1)/partRows+1+1, pauses)
+	require.Equal(t, 1+mostParts+mostParts+1+1, pauses, "before it, events, deliveries, the update, what is gone")
 	require.Equal(t, 3*events+1, b.count("deliveries"))
 	require.Equal(t, events, b.count("events"))
 	require.Equal(t, 1, b.count("deliveries where state = 'dead'"))
 
+	// Where there is no time for pauses, the rest goes at once.
+	pauses = 0
+	require.NoError(t, b.WriteInParts(t.Context(), changes, func() bool { pauses++; return pauses < 3 }))
+	require.Equal(t, 3, pauses)
+	require.Equal(t, 3*events+1, b.count("deliveries"), "as they were")
+
 	next := open(t, b.url, "walhook", "default")
 	pauses = 0
-	err := b.WriteInParts(t.Context(), changes, func() {
+	err := b.WriteInParts(t.Context(), changes, func() bool {
 		if pauses++; pauses == 3 {
 			_, err := next.Claim(t.Context(), b.holder(1))
 			require.NoError(t, err)
 			require.NoError(t, next.Write(t.Context(), []outbox.Change{gone(3)}))
 		}
+		return true
 	})
 	require.Error(t, err)
 	require.Equal(t, 3*events, b.count("deliveries"))
