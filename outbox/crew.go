@@ -15,7 +15,7 @@ const (
 	quickAttempt = 2 * time.Millisecond
 	lineAttempt  = 5 * quickAttempt
 	// withReceiver is how long after its beginning an attempt is with its receiver rather than with us.
-	withReceiver = 500 * time.Microsecond
+	withReceiver = time.Millisecond
 	// mostAtRest is how many goroutines wait for the next attempt, of whatever lane.
 	mostAtRest = 128
 )

@@ -180,9 +180,9 @@ func TestALullIsWhereNothingIsUnderWay(t *testing.T) {
 		c.do(lasting(20 * time.Millisecond))
 		time.Sleep(20*time.Millisecond - withReceiver)
 		c.do(lasting(20 * time.Millisecond))
-		time.Sleep(withReceiver - 1)
+		time.Sleep(withReceiver - time.Nanosecond)
 		require.False(t, isClosed(lull))
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		require.True(t, isClosed(lull), "the one under way waits for its receiver")
 		time.Sleep(time.Minute) // the one that hangs
 	})

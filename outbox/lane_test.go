@@ -306,12 +306,12 @@ func TestAfterACrashWhatIsParkedWaitsForWhatComesAgain(t *testing.T) {
 		w.maxEvents = 100
 		w.start()
 		w.commit("1:k")
-		pass(850 * time.Millisecond)
+		pass(800 * time.Millisecond)
 		w.commit("2:k", "3:k")
 		w.answers("a", hangs(time.Second, fails))
 		pass(50 * time.Millisecond)
 		w.configure(change(w.endpoints, "a", func(e *outbox.Endpoint) { e.Status = outbox.Paused })...) // parks 2 and 3
-		pass(60 * time.Millisecond)                                                                     // small writes wait for each other
+		pass(120 * time.Millisecond)                                                                    // small writes wait for each other, and for a lull
 		require.Equal(t, []string{"2:parked", "3:parked"}, w.stored("a"))
 		w.crash()
 		w.endpoints = change(w.endpoints, "a", func(e *outbox.Endpoint) { e.Status = outbox.Enabled })

@@ -225,7 +225,9 @@ func (s *Store) WriteInParts(ctx context.Context, changes []outbox.Change, pause
 	if len(changes) == 0 {
 		return nil
 	}
-	_ = pause() && pause()
+	if pause() {
+		pause()
+	}
 	return s.Write(ctx, changes)
 }
 
