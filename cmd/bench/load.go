@@ -71,10 +71,13 @@ func (db *database) drop(ctx context.Context) error {
 	return err
 }
 
-// copySlot makes a slot at the place of walhook's, for a limit that reads the same WAL.
+// copySlot makes a slot behind all that was written so far, for a limit that reads what walhook will. walhook's own may be a transaction
+// behind: where it was stopped before it had read the end of the last one, only its checkpoint knows that all of that was delivered.
 func (db *database) copySlot(ctx context.Context, name string) (slot string, err error) {
 	slot = db.slot + "_" + name
-	_, err = db.conn.Exec(ctx, "select pg_copy_logical_replication_slot($1, $2)", db.slot, slot)
+	_, err = db.conn.Exec(ctx, `
+select pg_replication_slot_advance(copy.slot_name, pg_current_wal_lsn())
+from pg_copy_logical_replication_slot($1, $2) copy`, db.slot, slot)
 	if err != nil {
 		return "", fmt.Errorf("copy slot: %w", err)
 	}
