@@ -174,13 +174,12 @@ func parse(e *outbox.Endpoint) (*target, error) {
 			t.newest[i].keys = t.newest[i].keys[:1]
 		}
 	}
-	// Connections are shared by endpoints that are reached by the same rules, and by no others:
-	// the guard judges when a connection is made, not when it is used again.
 	t.route = t.routeOf()
 	return t, nil
 }
 
-// routeOf is equal for targets that may share connections, and for no others.
+// routeOf is equal for targets that may share connections: those that are reached by the same rules, and no others. The guard
+// judges when a connection is made, not when it is used again.
 func (t *target) routeOf() string {
 	e := t.endpoint
 	b := append(append([]byte(nil), e.Origin...), ' ')

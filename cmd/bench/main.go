@@ -169,7 +169,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (report *Report
 			return l.report, fmt.Errorf("scenario %d: %w", s.number, err)
 		}
 		took := time.Since(began)
-		if after, _ := stolen(); known { // it is the machine, not walhook, that such a run measured
+		if after, still := stolen(); known && still { // it is the machine, not walhook, that such a run measured
 			share := 100 * (after - before).Seconds() / took.Seconds() / float64(runtime.NumCPU())
 			l.report.add("the machine", "CPU that its host gave to others", share, "%", demand{})
 		}
